@@ -1,0 +1,52 @@
+"""What a source of changes looks like to the listener.
+
+Each delivery has one source: Realtime's payloads in plain delivery, the write-ahead log in proven delivery.
+Both end here. A source knows nothing of handlers, lanes or Redis.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import NamedTuple, Protocol
+
+from worker.change import RawChange
+
+
+class Gap(NamedTuple):
+    """An interval in which changes of some tables may have been lost."""
+
+    since: datetime | None
+    """Last moment at which the source was surely live; None when nobody knows."""
+    until: datetime
+    cause: str
+    tables: tuple[tuple[str, str], ...]
+    """(schema, table) pairs."""
+
+
+class SourceHealth(NamedTuple):
+    """What readiness and status need to know of a source."""
+
+    ready: bool
+    """True while every commit from now on will be delivered."""
+    reasons: tuple[str, ...]
+    """Why not, in words, with the remedy; empty when ready."""
+    connected: bool
+    subscribed: bool
+    canary_seconds: float | None
+    """Age in seconds of the last canary that came back; None before the first."""
+    lag_seconds: float | None
+    """Commit to arrival of the last change, in seconds."""
+
+
+class Source(Protocol):
+    """Yields changes and gaps in the order in which they happened."""
+
+    def read(self) -> AsyncIterator[Sequence[RawChange | Gap]]:
+        """Yield all that has arrived since the last batch (bounded, never empty).
+
+        Ends only when closed or cancelled: a source survives whatever its server does.
+        """
+        ...
+
+    def health(self) -> SourceHealth:
+        """Tell the state of this moment, without I/O."""
+        ...
