@@ -1,0 +1,1 @@
+"""Settings and logging: the only part of Tailrace that reads the environment."""
