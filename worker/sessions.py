@@ -1,0 +1,88 @@
+"""The session that a handler is given: the worker's own, without the means to end its transaction.
+
+The worker commits a handler's writes together with the lane's position; a commit in between would apply
+changes twice after a crash, a rollback would lose the position. So the handler gets a second view of the
+same session, whose commit, rollback, close and the like are refused. The worker's own session object is
+never changed: there is nothing to switch off afterwards, and nothing that could be left on.
+
+Not a sandbox: COMMIT sent as SQL text, or through the driver's connection, is out of reach.
+"""
+
+from typing import NoReturn
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+from worker.errors import SessionMisuse
+
+
+def _refuse(method: str) -> NoReturn:
+    raise SessionMisuse(
+        f"{method} of a handler's session is refused: the worker commits its writes together with the"
+        " lane's position. Just return, or raise; for a part that may fail on its own use"
+        " `async with session.begin_nested():`"
+    )
+
+
+class _LentSyncSession(Session):
+    """A view of a Session. What is not refused here works on the state they share."""
+
+    def __init__(self, session: Session) -> None:
+        # The very dict of the session, not a copy: both see the same transaction, identity map and settings.
+        self.__dict__ = session.__dict__
+
+    def commit(self) -> NoReturn:
+        _refuse("commit()")
+
+    def rollback(self) -> NoReturn:
+        _refuse("rollback()")
+
+    def close(self) -> NoReturn:
+        _refuse("close()")
+
+    def reset(self) -> NoReturn:
+        _refuse("reset()")
+
+    def invalidate(self) -> NoReturn:
+        _refuse("invalidate()")
+
+    def prepare(self) -> NoReturn:
+        _refuse("prepare()")
+
+    def get_transaction(self) -> NoReturn:
+        # It has a commit() and a rollback() of its own.
+        _refuse("get_transaction()")
+
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - SQLAlchemy's signature
+        if not nested:
+            _refuse("begin()")
+        return super().begin(nested=True)
+
+    def __enter__(self) -> NoReturn:
+        _refuse("`with session`, which closes it at its end,")
+
+
+class _LentSession(AsyncSession):
+    """A view of an AsyncSession. Its methods end in those of the lent Session, and are refused there."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self.__dict__ = session.__dict__.copy()
+        self.sync_session = self._proxied = _LentSyncSession(session.sync_session)
+
+    async def __aenter__(self) -> NoReturn:
+        _refuse("`async with session`, which closes it at its end,")
+
+    @classmethod
+    async def close_all(cls) -> NoReturn:
+        _refuse("close_all()")
+
+
+def handler_session(session: AsyncSession) -> AsyncSession:
+    """Return a view of the session for a handler: the same transaction, identity map and connection.
+
+    `begin_nested()` is welcome, with its own commit and rollback. Costs two small objects, no I/O.
+
+    Raises (when the handler uses the view):
+        SessionMisuse: on commit, rollback, close, reset, invalidate, begin and `async with session`.
+    """
+    return _LentSession(session)
