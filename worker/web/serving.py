@@ -28,9 +28,14 @@ class Served(NamedTuple):
     port: int
 
     @property
+    def reachable_host(self) -> str:
+        """The host by which this machine reaches it: nobody can connect to "every address"."""
+        return _WILDCARDS.get(self.host, self.host)
+
+    @property
     def url(self) -> str:
-        """Return the address for this machine, without a slash at its end."""
-        host = _WILDCARDS.get(self.host, self.host)
+        """The address for this machine, without a slash at its end."""
+        host = self.reachable_host
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 

@@ -1,0 +1,53 @@
+"""The order of the examination: what needs nothing first, then the three servers at the same time."""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+
+from config.settings import Settings
+from worker.check.findings import Finding
+from worker.check.postgres import examine_database
+from worker.check.realtime import examine_realtime
+from worker.check.redis import examine_redis
+from worker.errors import ConfigurationError
+from worker.loader import load
+from worker.registry import Handler
+
+_SECONDS = 40.0  # one examination at most; Realtime may take 15 s to join and 20 s to subscribe
+
+
+def settings_findings(unknown: Sequence[str]) -> list[Finding]:
+    """Report that the settings could be read, and what only looks like one."""
+    return [
+        Finding("settings", "ok", "complete and well-formed"),
+        *(Finding("settings", "warning", line, "correct or remove it") for line in unknown),
+    ]
+
+
+async def run_checks(settings: Settings) -> list[Finding]:
+    """Examine handlers, database, Redis and Realtime. Raises for nothing it finds; ends in time."""
+    findings, handlers = _load(settings)
+    tables = sorted({(one.schema, one.table) for handler in handlers for one in handler.subscriptions})
+    answers = await asyncio.gather(
+        _within("database", examine_database(settings, handlers)),
+        _within("redis", examine_redis(settings)),
+        _within("realtime", examine_realtime(settings, tables)),
+    )
+    return findings + [found for answer in answers for found in answer]
+
+
+def _load(settings: Settings) -> tuple[list[Finding], tuple[Handler, ...]]:
+    try:
+        handlers = load(settings.handlers)
+    except ConfigurationError as error:
+        return [Finding("handlers", "problem", problem) for problem in error.problems], ()
+    names = ", ".join(handler.name for handler in handlers)
+    return [Finding("handlers", "ok", names)], handlers
+
+
+async def _within(name: str, examination: Awaitable[list[Finding]]) -> list[Finding]:
+    """Bound an examination: a doctor that hangs is no help."""
+    try:
+        async with asyncio.timeout(_SECONDS):
+            return await examination
+    except TimeoutError:
+        return [Finding(name, "problem", f"no answer within {_SECONDS:g} s", "check the network")]

@@ -1,0 +1,93 @@
+"""What the commands of `worker.cli` do: read the settings, call the part that does it, print what it found.
+
+Each returns an exit code. Nothing here decides anything about changes; tables go to standard output, logs and
+problems to standard error.
+"""
+
+import asyncio
+
+from config.declared import unknown_settings
+from config.logging import configure_logging
+from config.settings import Settings, load_settings, load_tunables
+from worker import printing
+from worker.check.findings import Finding
+from worker.errors import ConfigurationError
+
+FINE, PROBLEMS, MISUSE = 0, 1, 2
+
+
+def listen() -> int:
+    """Run the listener until it is told to end."""
+    settings = _settings()
+    from worker import runtime  # noqa: PLC0415 - bad settings are told before anything is loaded
+
+    return runtime.listen(settings)
+
+
+def work() -> int:
+    """Run a worker until it is told to end."""
+    settings = _settings()
+    from worker import runtime  # noqa: PLC0415 - bad settings are told before anything is loaded
+
+    return runtime.work(settings)
+
+
+def run() -> int:
+    """Run a listener and a worker until they are told to end."""
+    settings = _settings()
+    from worker import runtime  # noqa: PLC0415 - bad settings are told before anything is loaded
+
+    return runtime.run(settings)
+
+
+def migrate(*, sql: bool) -> int:
+    """Run the migrations, or print their SQL."""
+    settings = _settings()
+    from worker import runtime  # noqa: PLC0415 - bad settings are told before anything is loaded
+
+    return runtime.migrate(settings, sql=sql)
+
+
+def handlers(*, as_json: bool) -> int:
+    """List the handlers with their options; where a handler names none, the setting's value."""
+    tunables = load_tunables()
+    configure_logging(tunables)
+    from worker.loader import load  # noqa: PLC0415 - bad settings are told before anything is loaded
+
+    described = [printing.describe(handler, tunables) for handler in load(tunables.handlers)]
+    printing.show_handlers(described, as_json=as_json)
+    return FINE
+
+
+def check(*, as_json: bool) -> int:
+    """Examine everything that a start needs."""
+    try:
+        settings = _settings()
+    except ConfigurationError as error:
+        if not as_json:
+            raise
+        printing.show_findings(
+            [Finding("settings", "problem", line) for line in error.problems], as_json=True
+        )
+        return MISUSE
+    from worker.check.rounds import run_checks, settings_findings  # noqa: PLC0415 - as above
+
+    findings = [*settings_findings(unknown_settings()), *asyncio.run(run_checks(settings))]
+    printing.show_findings(findings, as_json=as_json)
+    return PROBLEMS if any(found.state == "problem" for found in findings) else FINE
+
+
+def status(*, as_json: bool) -> int:
+    """Show the state; 1 when not ready."""
+    settings = _settings()
+    from worker.asking import ask_status  # noqa: PLC0415 - as above
+
+    told = ask_status(settings)
+    printing.show_status(told, as_json=as_json)
+    return FINE if told.get("ready") else PROBLEMS
+
+
+def _settings() -> Settings:
+    settings = load_settings()
+    configure_logging(settings)
+    return settings
