@@ -7,7 +7,6 @@ Exit codes: 0 ended as asked, 1 broke while it ran, 2 could not start.
 import argparse
 import asyncio
 import contextlib
-import logging
 import signal
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import asyncpg
 import orjson
+import structlog
 
 from standin import LOCAL_JWT_SECRET, Behaviour, Standin, StandinError
 from standin.embedded import EmbeddedPostgres, EmbeddedRedis, bootstrap_supabase
@@ -50,9 +50,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until a signal comes; the process's exit code."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    # Standard output is for the one line that scripts read.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     options = parser().parse_args(arguments)
     try:
         return asyncio.run(_run(options))

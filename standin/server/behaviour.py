@@ -21,7 +21,6 @@ class Behaviour:
         send_timeout: a client that takes no byte for so long is cut off without a close frame (real: 30).
         send_buffer_bytes: so much may wait for one client before it is cut off.
         publication_check_interval: how often the publication's tables are compared (real: 60).
-        subscribe_retry_delay: pause before a subscription is tried again while the database is away.
         max_channels_per_client: channels of one socket (real: 100).
         max_users: sockets with at least one channel (real: 200).
         max_joins_per_second: joins of all clients, averaged (real: 100).
@@ -42,7 +41,6 @@ class Behaviour:
     send_timeout: float = 30.0
     send_buffer_bytes: int = 64 * 1024 * 1024
     publication_check_interval: float = 1.0
-    subscribe_retry_delay: float = 0.5
     max_channels_per_client: int | None = None
     max_users: int | None = None
     max_joins_per_second: float | None = None

@@ -9,7 +9,6 @@ import time
 from collections.abc import Coroutine, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
-import asyncpg
 import orjson
 
 from standin.changes import BadSubscription, Binding
@@ -20,7 +19,6 @@ from standin.server.counters import Counters
 from standin.server.faults import Faults
 
 SUBSCRIBED = "Subscribed to PostgreSQL"
-_DATABASE_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 class Feed(Protocol):
@@ -29,7 +27,7 @@ class Feed(Protocol):
     async def subscribe(
         self, subscriber: Hashable, bindings: Sequence[Binding], claims: Mapping[str, Any]
     ) -> None:
-        """Return when the subscription is live; raises BadSubscription."""
+        """Return when the subscription is live, however long that takes; raises BadSubscription."""
 
     async def unsubscribe(self, subscriber: Hashable) -> None:
         """Forget a subscriber, known or not."""
@@ -202,14 +200,7 @@ class Channel:
         try:
             wanted = [bindings_module.parse(sent) for sent in self.request.sent]
             self._prepare_frames(wanted)
-            while True:
-                try:
-                    await around.feed.subscribe(self, wanted, self._claims)
-                except _DATABASE_AWAY:
-                    # The real server says nothing to the client either, and tries again.
-                    await asyncio.sleep(around.behaviour.subscribe_retry_delay)
-                else:
-                    break
+            await around.feed.subscribe(self, wanted, self._claims)
         except BadSubscription as refusal:
             self.send_system("error", str(refusal))
             return

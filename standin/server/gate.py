@@ -45,6 +45,7 @@ class Gate:
     def release(self) -> None:
         """Faults were changed: without a delay, what was delayed goes out now."""
         if not self._faults.delay_ms:
+            self._stop_timer()
             while self._delayed:
                 _due, channel, frame = self._delayed.popleft()
                 self._send(channel, frame)
@@ -52,6 +53,9 @@ class Gate:
     def close(self) -> None:
         """Forget what is delayed."""
         self._delayed.clear()
+        self._stop_timer()
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

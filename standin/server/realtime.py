@@ -9,10 +9,11 @@ import random
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, cast
 
+import structlog
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request, Response
 
-from standin.changes import Delivery
+from standin.changes import BadSubscription, Delivery
 from standin.server import handshake
 from standin.server.behaviour import Behaviour
 from standin.server.channel import SUBSCRIBED, Channel, Feed, Surroundings
@@ -27,7 +28,7 @@ RESTARTING = 1012
 _MAX_MESSAGE_BYTES = 10 * 1024 * 1024
 _BREATH = 256
 _STALE_REF = "0"
-log = logging.getLogger("standin")
+log = structlog.get_logger(__name__)
 
 
 class RealtimeServer:
@@ -103,10 +104,17 @@ class RealtimeServer:
                 await asyncio.sleep(0)
 
     async def resubscribed(self, subscriber: Hashable) -> None:
-        """The feed made a subscription anew: the client is told, as it is by the real server."""
+        """The feed made a subscription anew: the client is told, once for each binding."""
         channel = cast("Channel", subscriber)
         if not channel.closed:
-            channel.send_system("ok", SUBSCRIBED)
+            for _ in channel.request.sent:
+                channel.send_system("ok", SUBSCRIBED)
+
+    async def not_resubscribed(self, subscriber: Hashable, refusal: BadSubscription) -> None:
+        """The feed could not make a subscription anew; the channel stays joined."""
+        channel = cast("Channel", subscriber)
+        if not channel.closed:
+            channel.send_system("error", str(refusal))
 
     async def _deliver_one(self, channel: Channel, delivery: Delivery) -> None:
         if self._events.exceeded():

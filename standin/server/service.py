@@ -72,8 +72,10 @@ class Standin:
             poll_interval=poll_interval,
             max_record_bytes=self.behaviour.max_record_bytes,
             deliver=self._realtime.deliver,
+            publication_check_interval=self.behaviour.publication_check_interval,
+            on_resubscribed=self._realtime.resubscribed,
+            on_resubscribe_failed=self._realtime.not_resubscribed,
         )
-        self._feed.on_resubscribed = self._realtime.resubscribed
         self._polling: asyncio.Task[None] | None = None
         self.service_role_key = tokens.project_key("service_role", jwt_secret)
         self.anon_key = tokens.project_key("anon", jwt_secret)

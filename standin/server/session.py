@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
-import asyncpg
 from websockets.exceptions import ConnectionClosed
 
 from standin.server import frames, tokens
@@ -18,7 +17,6 @@ from standin.server.channel import Channel, Surroundings
 from standin.server.connection import Connection, Outbox
 from standin.server.rates import RateCounter
 
-_UNSUBSCRIBED = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 _CLOSE_SECONDS = 2.0
 
 
@@ -228,8 +226,7 @@ class Session:
         if self.channels.get(channel.topic) is channel:
             del self.channels[channel.topic]
         self._surroundings.counters.add("channels", -1)
-        with contextlib.suppress(*_UNSUBSCRIBED):
-            await self._surroundings.feed.unsubscribe(channel)
+        await self._surroundings.feed.unsubscribe(channel)
 
     async def _forget_channels(self) -> None:
         for channel in list(self.channels.values()):
