@@ -51,7 +51,7 @@ class Subscription:
 
 
 # eq=False: a handler is itself and nothing else, and may key a dict although its claims are a mapping.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Handler:
     """One user coroutine with all its subscriptions. Option None: the setting decides."""
 
@@ -75,6 +75,10 @@ class Handler:
     wants_context: bool
     wants_list: bool
     """Derive handlers, and change handlers with `batch=`: the first argument is a list."""
+
+    def __repr__(self) -> str:
+        # Short, and without the claims.
+        return f"<{self.kind} handler {self.name}>"
 
 
 @dataclass

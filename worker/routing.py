@@ -15,10 +15,13 @@ import msgspec
 from worker.catalogue import Catalogue, Table
 from worker.change import RawChange
 from worker.declarations import Handler, Subscription
+from worker.errors import FilterError
+from worker.filters import Filter
 from worker.values import canonicalizer, decoder, may_hide_nan
 
 _encode = msgspec.json.Encoder().encode
 _Row = Mapping[str, msgspec.Raw]
+_NULL = msgspec.Raw(b"null")  # a Raw equals no bytes, only another Raw
 _UNREADABLE = (ValueError, ArithmeticError, msgspec.MsgspecError, RecursionError)
 
 
@@ -150,7 +153,7 @@ class _Arm:
         self.derives = handler.kind == "derive"
         self.values = _Values(table)
         self.key = _Key(handler, subscription, table, self.values)
-        self.condition = subscription.filter
+        self.condition = _bound(subscription.filter, table)
         self.changed: tuple[str, ...] = tuple(subscription.columns)
         if self.derives and self.changed:
             # A row that moves to another key, or in or out of the filter, changes what is derived.
@@ -213,9 +216,8 @@ class _Arm:
         for name in condition.columns:
             value, type_name = self.values.find(raw, row, name, "filter=")
             decode = decoder(type_name, "json")
-            if decode is None:
-                raise _UnroutableError(f'filter= on "{name}": only the database can compare {type_name}')
-            values[name] = decode(value)
+            # What only Postgres reads can only be asked whether it is NULL: its text will do.
+            values[name] = decode(value) if decode else None if value == _NULL else str(value, "utf-8")
         return condition.matches(values)
 
 
@@ -243,7 +245,7 @@ class _Key:
             key = self._one(raw, old)
             return () if key is None else (key,)
         first = self._one(raw, old)
-        if new and old and all(name in new and new[name] == old[name] for name in self.columns):
+        if new and old and all(name in old and new.get(name) == old[name] for name in self.columns):
             return () if first is None else (first,)
         second = self._one(raw, new)
         if second is None or second == first:
@@ -287,7 +289,7 @@ class _Values:
         value = row.get(name) if row is not None else None
         if value is None:
             raise _absent(raw, name, option)
-        if name in self.never_null and value == b"null":
+        if name in self.never_null and value == _NULL:
             # A NOT NULL number that is null on the wire is NaN or an infinity; nobody can tell which.
             raise _UnroutableError(f'{option} needs "{name}", and NaN and infinity are null in the payload')
         # The payload knows the type at the time of the change; the table may have been altered since.
@@ -296,6 +298,16 @@ class _Values:
                 alias = self.aliases.get(name)
                 return value, alias.value_type if alias and alias.type == column.type else column.type
         raise _absent(raw, name, option)
+
+
+def _bound(condition: Filter | None, table: Table | None) -> Filter | None:
+    """Read the filter's operands as the types of the columns, as long as the two fit each other."""
+    if condition is None or table is None:
+        return condition
+    try:
+        return condition.bind(table)
+    except FilterError:  # altered since the loader looked; judged by the type of each value
+        return condition
 
 
 def _absent(raw: RawChange, name: str, option: str) -> _UnroutableError:
