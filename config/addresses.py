@@ -45,7 +45,7 @@ def database_address(text: str) -> str:
     if not parts.hostname and "host" not in dict(query):
         raise ValueError("names no host")
     kept = [(name, value) for name, value in query if name.lower() not in _FOREIGN_PARAMETERS]
-    return urlunsplit(parts._replace(query=urlencode(kept)))
+    return _joined(parts._replace(query=urlencode(kept)))
 
 
 def redis_address(text: str) -> str:
@@ -59,7 +59,7 @@ def redis_address(text: str) -> str:
         raise ValueError("names no host")
     elif parts.path.strip("/") and not parts.path.strip("/").isdigit():
         raise ValueError("must end in the number of a database, such as /0, or in nothing")
-    return urlunsplit(parts)
+    return _joined(parts)
 
 
 def service_key(text: str) -> str:
@@ -103,6 +103,12 @@ def _split(text: str, schemes: dict[str, str], wanted: str, *, needs_host: bool 
     if needs_host and not parts.hostname:
         raise ValueError("names no host")
     return parts._replace(scheme=schemes[scheme.lower()])
+
+
+def _joined(parts: SplitResult) -> str:
+    """Put a URL together again; urlunsplit would drop the // of a scheme it does not know."""
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme}://{parts.netloc}{parts.path}{query}"
 
 
 def _claimed_role(key: str) -> str | None:

@@ -18,7 +18,6 @@ from config.redaction import Redaction
 from config.settings import Settings, Tunables
 
 # Libraries that tell per job, request or frame what only their authors want to know. Their warnings pass.
-# arq's are named one by one: its command line sets the level of "arq" itself after our modules are imported.
 _QUIET = (
     "arq",
     "arq.connections",
@@ -123,7 +122,13 @@ def _take_over(handler: logging.Handler, level: int) -> None:
         logger.handlers.clear()  # arq's command line gives it one of its own, and each line would come twice
         logger.propagate = True
         logger.setLevel(max(level, logging.WARNING))
+        # arq's command line configures logging after it has imported us, and that resets levels, not filters.
+        logger.addFilter(_is_warning)
     logging.captureWarnings(capture=True)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 def _cut_frames(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
