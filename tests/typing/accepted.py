@@ -1,0 +1,68 @@
+"""What a module of handlers may look like: pyright must find nothing to complain about. Never run."""
+
+from collections.abc import Sequence
+from typing import assert_type
+
+from sqlalchemy import column, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from worker.change import Change, Context
+from worker.errors import GiveUp, RetryLater
+from worker.registry import Handlers
+
+on = Handlers()
+
+
+@on.derive("public.orders", by="customer_id")
+async def totals(customer_ids: list[int], session: AsyncSession) -> None: ...
+
+
+@on.derive("public.orders", by=("customer_id", "region"), batch=100, all_keys=select(column("customer_id")))
+async def by_region(keys: list[tuple[int, str]], session: AsyncSession, context: Context) -> None: ...
+
+
+@on.derive("public.orders", all_keys=lambda: select(column("id")), columns=["amount"])
+async def by_primary_key(keys: Sequence[int], session: AsyncSession) -> None: ...
+
+
+@on.insert("public.orders")
+@on.update("public.orders", columns=["status"])
+async def log_status(change: Change, session: AsyncSession) -> None:
+    if change.record is None:
+        raise GiveUp("an insert or update has a record")
+    if not change.changed("status"):
+        raise RetryLater(5)
+    session.add(change)
+
+
+@on.change(
+    "public.orders", filter="status=eq.paid", batch=500, lane_key="customer_id", types=["INSERT", "TRUNCATE"]
+)
+async def ship(changes: list[Change], session: AsyncSession) -> None: ...
+
+
+@on.delete("public.orders", batch=10)
+async def forget(changes: Sequence[Change], session: AsyncSession, context: Context) -> None: ...
+
+
+@on.insert(
+    "public.orders",
+    name="options",
+    filter="status=eq.paid",
+    lane_key=["customer_id", "region"],
+    max_attempts=3,
+    backoff=0.5,
+    backoff_max=60,
+    timeout=5,
+    role="authenticated",
+    claims={"sub": "1"},
+)
+async def with_options(change: Change, session: AsyncSession, context: Context | None = None) -> None: ...
+
+
+async def decorators_keep_the_type_of_the_function(session: AsyncSession, change: Change) -> None:
+    assert_type(await totals([1, 2], session), None)
+    assert_type(await log_status(change, session), None)
+    assert_type(await ship([change], session), None)
+    await with_options(change=change, session=session)
+    await totals(customer_ids=[1], session=session)
