@@ -61,8 +61,8 @@ class Address:
 
     Args:
         url: http(s) or ws(s) address, without the final `/websocket`.
-        key: the service key. A JWT is sent as `apikey` and as `access_token` of each join; an `sb_…` key, which
-            is opaque to Realtime itself, as `apikey` only.
+        key: the service key. A JWT is sent as `apikey` and as `access_token` of each join; an `sb_…` key,
+            which is opaque to Realtime itself, as `apikey` only.
 
     Raises:
         ValueError: the address is no http(s) or ws(s) address.
