@@ -4,6 +4,7 @@ Numbers only: no rows, no keys. They are read and written on one event loop.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Literal, get_args
 
 Counter = Literal[
@@ -34,7 +35,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._values: dict[Counter, int] = dict.fromkeys(get_args(Counter), 0)
-        self._waiting: list[tuple[Counter, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     def __getitem__(self, name: Counter) -> int:
         return self._values[name]
@@ -55,19 +56,31 @@ class Counters:
         Raises:
             TimeoutError: it was not, `within` seconds later; the message says how far it came.
         """
-        if self._values[name] >= at_least:
+        await self._become(name, f"at least {at_least}", lambda: self._values[name] >= at_least, within)
+
+    async def sink(self, name: Counter, at_most: int, *, within: float = 10.0) -> None:
+        """Wait until a count is at most so high; for `connections` and `channels`.
+
+        Raises:
+            TimeoutError: as `reach`.
+        """
+        await self._become(name, f"at most {at_most}", lambda: self._values[name] <= at_most, within)
+
+    async def _become(self, name: Counter, wanted: str, reached: Callable[[], bool], within: float) -> None:
+        if reached():
             return
-        reached = asyncio.get_running_loop().create_future()
-        self._waiting.append((name, at_least, reached))
+        signal = asyncio.get_running_loop().create_future()
+        entry = (reached, signal)
+        self._waiting.append(entry)
         try:
             async with asyncio.timeout(within):
-                await reached
+                await signal
         except TimeoutError:
-            raise TimeoutError(f"{name} is {self._values[name]} after {within} s, not {at_least}") from None
+            raise TimeoutError(f"{name} is {self._values[name]} after {within} s, not {wanted}") from None
         finally:
-            self._waiting = [entry for entry in self._waiting if entry[2] is not reached]
+            self._waiting.remove(entry)
 
     def _wake(self) -> None:
-        for name, at_least, reached in self._waiting:
-            if self._values[name] >= at_least and not reached.done():
-                reached.set_result(None)
+        for reached, signal in self._waiting:
+            if not signal.done() and reached():
+                signal.set_result(None)

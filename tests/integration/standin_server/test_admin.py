@@ -1,15 +1,14 @@
-# ruff: noqa: ANN401 - fixtures of a directory that is no package have no importable types
 from collections.abc import AsyncIterator
-from typing import Any
 
 import httpx
 import pytest
 
 from standin.server.admin import AdminServer
+from tests.integration.standin_server.driving import Running
 
 
 @pytest.fixture
-async def admin(server: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def admin(server: Running) -> AsyncIterator[httpx.AsyncClient]:
     serving = AdminServer(server.realtime)
     await serving.start("127.0.0.1")
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{serving.port}", trust_env=False) as client:
@@ -17,7 +16,7 @@ async def admin(server: Any) -> AsyncIterator[httpx.AsyncClient]:
     await serving.stop()
 
 
-async def test_switches_are_set_shown_and_cleared(server: Any, admin: httpx.AsyncClient) -> None:
+async def test_switches_are_set_shown_and_cleared(server: Running, admin: httpx.AsyncClient) -> None:
     answer = await admin.post("/faults", json={"drop": 0.25, "silent": "current"})
     assert answer.status_code == 200
     assert answer.json()["faults"]["drop"] == 0.25
@@ -31,7 +30,7 @@ async def test_switches_are_set_shown_and_cleared(server: Any, admin: httpx.Asyn
 
 @pytest.mark.parametrize("wrong", [{"drops": 1}, {"drop": "much"}, {"drop": 0.5, "close": 7}, [1]])
 async def test_wrong_requests_change_nothing_and_say_why(
-    server: Any, admin: httpx.AsyncClient, wrong: Any
+    server: Running, admin: httpx.AsyncClient, wrong: object
 ) -> None:
     answer = await admin.post("/faults", json=wrong)
     assert answer.status_code == 422
@@ -44,7 +43,7 @@ async def test_what_is_no_json_is_refused(admin: httpx.AsyncClient) -> None:
     assert (answer.status_code, "no JSON" in answer.json()["error"]) == (422, True)
 
 
-async def test_closing_over_http(server: Any, admin: httpx.AsyncClient) -> None:
+async def test_closing_over_http(server: Running, admin: httpx.AsyncClient) -> None:
     async with server.client() as client:
         await client.subscribe()
         assert (await admin.post("/faults", json={"close": 1012})).status_code == 200

@@ -1,17 +1,15 @@
 import asyncio
 import contextlib
-from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 
 from standin import Behaviour
+from tests.integration.standin_server.driving import Running, Start
 
-# ruff: noqa: ANN401 - fixtures of a directory that is no package have no importable types
 
-
-async def test_drop_next_loses_so_many_and_no_more(server: Any) -> None:
+async def test_drop_next_loses_so_many_and_no_more(server: Running) -> None:
     async with server.client() as client:
         await client.subscribe()
         server.faults.drop_next = 2
@@ -21,7 +19,7 @@ async def test_drop_next_loses_so_many_and_no_more(server: Any) -> None:
         assert server.faults.drop_next == 0
 
 
-async def test_the_same_seed_drops_the_same(start: Any) -> None:
+async def test_the_same_seed_drops_the_same(start: Start) -> None:
     sent = [str(number) for number in range(200)]
     came = []
     for _ in range(2):
@@ -35,7 +33,7 @@ async def test_the_same_seed_drops_the_same(start: Any) -> None:
     assert 50 < len(came[0]) < 150
 
 
-async def test_duplicates(server: Any) -> None:
+async def test_duplicates(server: Running) -> None:
     async with server.client() as client:
         await client.subscribe()
         server.faults.duplicate = 1.0
@@ -43,7 +41,7 @@ async def test_duplicates(server: Any) -> None:
         assert await client.values(4) == ["a", "a", "b", "b"]
 
 
-async def test_delayed_changes_keep_their_order_and_heartbeats_do_not_wait(server: Any) -> None:
+async def test_delayed_changes_keep_their_order_and_heartbeats_do_not_wait(server: Running) -> None:
     async with server.client() as client:
         await client.subscribe()
         server.faults.delay_ms = 60_000
@@ -57,7 +55,7 @@ async def test_delayed_changes_keep_their_order_and_heartbeats_do_not_wait(serve
         assert await client.values(2) == ["d", "e"]
 
 
-async def test_truncated_and_error_events(server: Any) -> None:
+async def test_truncated_and_error_events(server: Running) -> None:
     async with server.client() as client:
         await client.subscribe()
         server.faults.truncate = True
@@ -70,7 +68,7 @@ async def test_truncated_and_error_events(server: Any) -> None:
         assert (data["record"], data["commit_timestamp"]) == ({}, None)
 
 
-async def test_oversize_is_for_one_frame(server: Any) -> None:
+async def test_oversize_is_for_one_frame(server: Running) -> None:
     async with server.client(max_size=None) as client:
         await client.subscribe()
         server.faults.oversize = True
@@ -79,7 +77,7 @@ async def test_oversize_is_for_one_frame(server: Any) -> None:
         assert len(await client.socket.recv()) < 1000
 
 
-async def test_a_silent_server_answers_heartbeats_only(server: Any) -> None:
+async def test_a_silent_server_answers_heartbeats_only(server: Running) -> None:
     async with server.client() as client:
         await client.subscribe()
         server.faults.silent = True
@@ -90,7 +88,7 @@ async def test_a_silent_server_answers_heartbeats_only(server: Any) -> None:
         assert await client.values(1) == ["heard"]
 
 
-async def test_silence_of_the_current_connections_spares_new_ones(server: Any) -> None:
+async def test_silence_of_the_current_connections_spares_new_ones(server: Running) -> None:
     async with server.client() as old:
         await old.subscribe()
         server.faults.silent = "current"
@@ -101,7 +99,7 @@ async def test_silence_of_the_current_connections_spares_new_ones(server: Any) -
         await old.heartbeat()
 
 
-async def test_half_open_answers_nothing_and_goes_on_where_it_was(server: Any) -> None:
+async def test_half_open_answers_nothing_and_goes_on_where_it_was(server: Running) -> None:
     async with server.client() as client:
         await client.subscribe()
         server.faults.half_open = True
@@ -118,7 +116,7 @@ async def test_half_open_answers_nothing_and_goes_on_where_it_was(server: Any) -
         assert (await client.receive())["ref"] == "hb"
 
 
-async def test_half_open_of_the_current_connections_spares_new_ones(server: Any) -> None:
+async def test_half_open_of_the_current_connections_spares_new_ones(server: Running) -> None:
     async with server.client() as old:
         await old.subscribe()
         server.faults.half_open = "current"
@@ -134,7 +132,7 @@ async def test_half_open_of_the_current_connections_spares_new_ones(server: Any)
         assert (await old.receive())["ref"] == "hb"
 
 
-async def test_a_half_open_server_stops_all_the_same(start: Any) -> None:
+async def test_a_half_open_server_stops_all_the_same(start: Start) -> None:
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(start())
         client = await stack.enter_async_context(server.client())
@@ -148,7 +146,7 @@ async def test_a_half_open_server_stops_all_the_same(start: Any) -> None:
             await connecting
 
 
-async def test_refused_connections(server: Any) -> None:
+async def test_refused_connections(server: Running) -> None:
     server.faults.refuse_connections = True
     with pytest.raises((InvalidHandshake, OSError, EOFError)):
         await connect(server.url())
@@ -161,7 +159,7 @@ async def test_refused_connections(server: Any) -> None:
         await client.subscribe()
 
 
-async def test_refused_joins_and_withheld_subscriptions(server: Any) -> None:
+async def test_refused_joins_and_withheld_subscriptions(server: Running) -> None:
     async with server.client() as client:
         server.faults.refuse_joins = True
         await client.join()
@@ -177,7 +175,7 @@ async def test_refused_joins_and_withheld_subscriptions(server: Any) -> None:
         await client.heartbeat()
 
 
-async def test_actions_on_joined_channels(server: Any) -> None:
+async def test_actions_on_joined_channels(server: Running) -> None:
     async with server.client() as client:
         await client.subscribe()
         await server.realtime.act({"resubscribed": True, "late_close": True})
@@ -197,14 +195,14 @@ async def test_actions_on_joined_channels(server: Any) -> None:
 
 
 @pytest.mark.parametrize(("code", "seen"), [(1000, 1000), (1012, 1012), (1006, 1006)])
-async def test_closing(server: Any, code: int, seen: int) -> None:
+async def test_closing(server: Running, code: int, seen: int) -> None:
     async with server.client() as client:
         await client.subscribe()
         await server.realtime.act({"close": code})
         assert await client.closed() == seen
 
 
-async def test_a_client_that_does_not_read_is_cut_and_delays_nobody(start: Any) -> None:
+async def test_a_client_that_does_not_read_is_cut_and_delays_nobody(start: Start) -> None:
     async with (
         start(Behaviour(send_buffer_bytes=2_000_000)) as server,
         server.client() as reader,
@@ -218,7 +216,7 @@ async def test_a_client_that_does_not_read_is_cut_and_delays_nobody(start: Any) 
         assert await sleeper.closed() == 1006
 
 
-async def test_a_client_that_takes_nothing_for_long_is_cut(start: Any) -> None:
+async def test_a_client_that_takes_nothing_for_long_is_cut(start: Start) -> None:
     async with start(Behaviour(send_timeout=0.2)) as server, server.client() as sleeper:
         await sleeper.subscribe()
         await server.feed.commit(*["x" * 1000] * 20_000)

@@ -8,6 +8,7 @@ from websockets.exceptions import InvalidStatus
 
 from standin import LOCAL_JWT_SECRET, Behaviour
 from standin.server import tokens
+from tests.integration.standin_server.driving import Running, Start
 
 
 def reply(ref: str | None, topic: str, response: object, status: str = "ok") -> dict[str, Any]:
@@ -35,7 +36,7 @@ def close(ref: str | None, topic: str) -> dict[str, Any]:
     return {"ref": ref, "event": "phx_close", "topic": topic, "payload": {}}
 
 
-async def test_join_insert_leave(server: Any) -> None:
+async def test_join_insert_leave(server: Running) -> None:
     async with server.client() as client:
         await client.join()
         answer = await client.receive()
@@ -60,7 +61,7 @@ async def test_join_insert_leave(server: Any) -> None:
         await client.heartbeat()
 
 
-async def test_array_frames(server: Any) -> None:
+async def test_array_frames(server: Running) -> None:
     async with server.client(version="2.0.0") as client:
         config = {"postgres_changes": [{"table": "t"}], "presence": {"enabled": True}}
         await client.send(["2", "3", "realtime:a", "phx_join", {"config": config}])
@@ -96,7 +97,7 @@ async def test_array_frames(server: Any) -> None:
     [(None, None, True), ("1", "1", True), ("1", None, False), (None, "1", True)],
 )
 async def test_a_leave_must_name_the_join_that_named_itself(
-    server: Any, join_ref: str | None, leave_ref: str | None, leaves: bool
+    server: Running, join_ref: str | None, leave_ref: str | None, *, leaves: bool
 ) -> None:
     async with server.client() as client:
         await client.subscribe(join_ref=join_ref)
@@ -112,7 +113,7 @@ async def test_a_leave_must_name_the_join_that_named_itself(
         await client.heartbeat()
 
 
-async def test_joining_again_closes_the_older_join_after_the_reply(server: Any) -> None:
+async def test_joining_again_closes_the_older_join_after_the_reply(server: Running) -> None:
     async with server.client() as client:
         await client.subscribe(ref="5", join_ref="5")
         await client.join(ref="7", join_ref="7")
@@ -124,7 +125,7 @@ async def test_joining_again_closes_the_older_join_after_the_reply(server: Any) 
         await client.heartbeat()
 
 
-async def test_several_bindings_give_one_frame_with_their_ids_in_reverse(server: Any) -> None:
+async def test_several_bindings_give_one_frame_with_their_ids_in_reverse(server: Running) -> None:
     first, second = {"event": "INSERT", "table": "t"}, {"event": "*", "table": "t"}
     async with server.client() as client:
         await client.join("realtime:a", first, second, second)
@@ -134,7 +135,7 @@ async def test_several_bindings_give_one_frame_with_their_ids_in_reverse(server:
         assert (await client.receive())["payload"]["ids"] == [entry["id"] for entry in reversed(listed)]
 
 
-async def test_messages_without_a_receiver(server: Any) -> None:
+async def test_messages_without_a_receiver(server: Running) -> None:
     async with server.client() as client:
         unmatched = {"reason": "unmatched topic"}
         await client.send({"topic": "realtime:no", "event": "broadcast", "payload": {}, "ref": "8"})
@@ -148,14 +149,14 @@ async def test_messages_without_a_receiver(server: Any) -> None:
         await client.heartbeat()
 
 
-async def test_an_empty_topic_is_refused(server: Any) -> None:
+async def test_an_empty_topic_is_refused(server: Running) -> None:
     async with server.client() as client:
         await client.join("realtime:")
         text = "TopicNameRequired: You must provide a topic name"
         assert await client.receive() == reply("1", "realtime:", {"reason": text}, "error")
 
 
-async def test_a_bad_binding_fails_all_of_the_channel_and_leaves_it_joined(server: Any) -> None:
+async def test_a_bad_binding_fails_all_of_the_channel_and_leaves_it_joined(server: Running) -> None:
     async with server.client() as client:
         await client.join("realtime:a", {"table": "t"}, {"table": "missing"})
         assert (await client.receive())["payload"]["status"] == "ok"
@@ -167,7 +168,7 @@ async def test_a_bad_binding_fails_all_of_the_channel_and_leaves_it_joined(serve
         assert await client.receive() == reply("2", "realtime:a", {})
 
 
-async def test_a_channel_without_bindings_has_no_acknowledgement(server: Any) -> None:
+async def test_a_channel_without_bindings_has_no_acknowledgement(server: Running) -> None:
     async with server.client() as client:
         await client.send(
             {
@@ -182,7 +183,7 @@ async def test_a_channel_without_bindings_has_no_acknowledgement(server: Any) ->
         await client.heartbeat()
 
 
-async def test_the_first_api_names_its_table_in_the_topic_and_gets_the_type_as_event(server: Any) -> None:
+async def test_the_first_api_names_its_table_in_the_topic_and_gets_the_type_as_event(server: Running) -> None:
     async with server.client() as client:
         topic = "realtime:public:t"
         await client.send({"topic": topic, "event": "phx_join", "payload": {}, "ref": "1", "join_ref": "1"})
@@ -202,7 +203,7 @@ async def refused(url: str, **headers: str) -> tuple[int, bytes | None]:
     return caught.value.response.status_code, caught.value.response.body
 
 
-async def test_handshakes_are_refused_in_the_words_of_the_real_server(server: Any) -> None:
+async def test_handshakes_are_refused_in_the_words_of_the_real_server(server: Running) -> None:
     expired = tokens.sign({"role": "anon", "exp": 1}, LOCAL_JWT_SECRET)
     assert await refused(server.url("xxx")) == (401, b'{"error":"The token provided is not a valid JWT"}')
     assert await refused(server.url(expired)) == (401, b'{"error":"Token has expired"}')
@@ -211,14 +212,14 @@ async def test_handshakes_are_refused_in_the_words_of_the_real_server(server: An
     assert server.counters["connections_refused"] == 4
 
 
-async def test_the_upgrade_names_no_extension(server: Any) -> None:
+async def test_the_upgrade_names_no_extension(server: Running) -> None:
     async with connect(server.url(), additional_headers={"Host": "project.supabase.co"}) as socket:
         assert socket.response is not None
         assert socket.response.headers["server"] == "Cowboy"
         assert "sec-websocket-extensions" not in socket.response.headers
 
 
-async def test_bad_tokens_are_refused_at_the_join(server: Any) -> None:
+async def test_bad_tokens_are_refused_at_the_join(server: Running) -> None:
     async with server.client() as client:
         for number, (token, reason) in enumerate(
             [
@@ -236,7 +237,7 @@ async def test_bad_tokens_are_refused_at_the_join(server: Any) -> None:
         assert server.counters["joins_refused"] == 3
 
 
-async def test_a_token_that_expires_ends_its_channel_and_not_the_connection(server: Any) -> None:
+async def test_a_token_that_expires_ends_its_channel_and_not_the_connection(server: Running) -> None:
     token = tokens.sign({"role": "anon", "exp": int(time.time()) + 1}, LOCAL_JWT_SECRET)
     async with server.client() as client:
         await client.subscribe(token=token)
@@ -249,7 +250,7 @@ async def test_a_token_that_expires_ends_its_channel_and_not_the_connection(serv
         await client.subscribe(ref="3", join_ref="3")
 
 
-async def test_a_new_token_subscribes_again_and_outlives_the_old_one(server: Any) -> None:
+async def test_a_new_token_subscribes_again_and_outlives_the_old_one(server: Running) -> None:
     old = tokens.sign({"role": "anon", "exp": int(time.time()) + 1}, LOCAL_JWT_SECRET)
     new = tokens.sign({"role": "service_role", "exp": int(time.time()) + 100}, LOCAL_JWT_SECRET)
     async with server.client() as client:
@@ -261,8 +262,8 @@ async def test_a_new_token_subscribes_again_and_outlives_the_old_one(server: Any
         await client.send({**message, "payload": {"access_token": new}, "join_ref": None})
         assert await client.receive() == system("realtime:a", "Subscribed to PostgreSQL")
         assert [claims["role"] for claims in server.feed.claims] == ["anon", "service_role"]
-        while time.time() < tokens.verify(new, LOCAL_JWT_SECRET)["exp"] - 98:
-            await asyncio.sleep(0.2)
+        # The old token's end must pass, and it gives no sign any more.
+        await asyncio.sleep(max(0.0, tokens.verify(new, LOCAL_JWT_SECRET)["exp"] - 98.8 - time.time()))
         await client.heartbeat()
         await client.send({**message, "payload": {"access_token": "xxx"}})
         text = "The token provided is not a valid JWT"
@@ -270,7 +271,7 @@ async def test_a_new_token_subscribes_again_and_outlives_the_old_one(server: Any
         assert await client.receive() == close("1", "realtime:a")
 
 
-async def test_a_private_channel_is_for_the_service_role(server: Any) -> None:
+async def test_a_private_channel_is_for_the_service_role(server: Running) -> None:
     anon = tokens.sign({"role": "anon", "exp": 5e9}, LOCAL_JWT_SECRET)
     async with server.client() as client:
         await client.join("realtime:p", token=anon, private=True)
@@ -279,7 +280,7 @@ async def test_a_private_channel_is_for_the_service_role(server: Any) -> None:
         await client.subscribe("realtime:q", private=True)
 
 
-async def test_limits(start: Any) -> None:
+async def test_limits(start: Start) -> None:
     behaviour = Behaviour(max_channels_per_client=1, max_users=1)
     async with start(behaviour) as server, server.client() as client:
         await client.subscribe("realtime:a")
@@ -289,7 +290,7 @@ async def test_limits(start: Any) -> None:
         assert await refused(server.url()) == (429, b'{"error":"Too many connected users"}')
 
 
-async def test_joins_per_second(start: Any) -> None:
+async def test_joins_per_second(start: Start) -> None:
     behaviour = Behaviour(max_joins_per_second=1, rate_tick=0.05, rate_window=60)
     async with start(behaviour) as server, server.client() as client:
         reasons = [""]
@@ -303,7 +304,7 @@ async def test_joins_per_second(start: Any) -> None:
         assert await refused(server.url()) == (429, b'{"error":"Too many joins per second"}')
 
 
-async def test_changes_over_the_limit_are_dropped_in_silence(start: Any) -> None:
+async def test_changes_over_the_limit_are_dropped_in_silence(start: Start) -> None:
     behaviour = Behaviour(max_events_per_second=10, rate_tick=0.05, rate_window=60)
     async with start(behaviour) as server, server.client() as client:
         await client.subscribe()
@@ -315,13 +316,13 @@ async def test_changes_over_the_limit_are_dropped_in_silence(start: Any) -> None
         await client.heartbeat()
 
 
-async def test_a_silent_client_is_closed(start: Any) -> None:
+async def test_a_silent_client_is_closed(start: Start) -> None:
     async with start(Behaviour(idle_timeout=0.2)) as server, server.client() as client:
         await client.subscribe()
         assert await client.closed() == 1000
 
 
-async def test_a_stop_closes_with_1012(server: Any) -> None:
+async def test_a_stop_closes_with_1012(server: Running) -> None:
     async with server.client() as client:
         await client.subscribe()
         await server.realtime.stop()

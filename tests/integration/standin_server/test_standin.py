@@ -12,6 +12,7 @@ import asyncpg
 import orjson
 import pytest
 from realtime import AsyncRealtimeClient
+from realtime import RealtimePostgresChangesListenEvent as Events
 from supabase import acreate_client
 
 from standin import Standin, StandinError
@@ -73,7 +74,7 @@ async def test_the_python_client_hears_insert_update_and_delete(
     changes, acknowledged = Heard(), Heard()
     client = AsyncRealtimeClient(standin.realtime_url, standin.service_role_key)
     channel = client.channel("orders")
-    channel.on_postgres_changes("*", changes, table="orders", schema="public").on_system(acknowledged)
+    channel.on_postgres_changes(Events.All, changes, table="orders", schema="public").on_system(acknowledged)
     await channel.subscribe()
     await acknowledged.next()
     await write(database)
@@ -92,7 +93,9 @@ async def test_the_supabase_client_subscribes_with_a_secret_key(
     changes, acknowledged = Heard(), Heard()
     client = await acreate_client(standin.supabase_url, "sb_secret_anything")
     channel = client.channel("orders")
-    channel.on_postgres_changes("INSERT", changes, table="orders", schema="public").on_system(acknowledged)
+    channel.on_postgres_changes(Events.Insert, changes, table="orders", schema="public").on_system(
+        acknowledged
+    )
     await channel.subscribe()
     await acknowledged.next()
     await write(database)
@@ -106,8 +109,7 @@ async def test_a_broken_connection_is_closed_with_the_code_that_was_asked_for(st
     await client.connect()
     await standin.counters.reach("connections", 1)
     await standin.drop_connections(1012)
-    while standin.counters["connections"]:
-        await asyncio.sleep(0.01)
+    await standin.counters.sink("connections", 0)
     await client.close()
 
 
