@@ -137,7 +137,7 @@ def _cut_frames(_logger: WrappedLogger, _method: str, event: EventDict) -> Event
     if not name.startswith(_FRAME_LOGGERS):
         return event
     text = str(event.get("event", ""))
-    for mark in ("{", "[", '"', "'", "\n"):
+    for mark in (": ", "{", "[", '"', "'", "\n"):
         text = text.partition(mark)[0]
     kept: EventDict = {key: event[key] for key in ("level", "logger", "time") if key in event}
     kept["event"] = text[:_EXCERPT].rstrip(" :")

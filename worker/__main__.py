@@ -6,8 +6,6 @@ Bad input is a line on standard error and exit code 2, never a traceback. The co
 import sys
 from pathlib import Path
 
-import typer
-
 from worker.cli import app
 from worker.errors import ConfigurationError
 
@@ -21,8 +19,10 @@ def main() -> None:
     try:
         app()
     except ConfigurationError as error:
+        from worker.printing import show_problem  # noqa: PLC0415 - `--help` needs none of it
+
         for problem in error.problems:
-            typer.echo(f"tailrace: {' '.join(problem.split())}", err=True)
+            show_problem(problem)
         sys.exit(error.exit_code)
 
 

@@ -5,39 +5,48 @@ Only reads. The listener is asked first, for it alone knows its connection to th
 
 import asyncio
 import http.client
-import inspect
 from typing import Any
 
+import asyncpg
 import orjson
+from sqlalchemy.exc import SQLAlchemyError
 
 from config.settings import Settings
+from worker.database import explain
+from worker.errors import TailraceError
+from worker.status import read_status
 from worker.web.serving import Served
 
 _SECONDS = 6  # a little longer than the listener itself takes to say that it cannot tell
 _OK = 200
 
 
+class NobodyAnswers(TailraceError):  # noqa: N818 - says what happened
+    """Neither the listener nor the database can be asked; the text says why, in one line."""
+
+
 def ask_status(settings: Settings) -> dict[str, Any]:
     """Return the state in the shape of `/status`.
 
     Raises:
-        ConfigurationError: neither the listener nor the database can be asked.
+        NobodyAnswers: neither the listener nor the database can be asked.
     """
     told = _of_listener(settings.health_host, settings.port)
     if told is not None:
         return told
-    from worker.status import read_status  # noqa: PLC0415 - only where there is no listener to ask
-
-    answer = read_status(settings)
-    return asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
+    try:
+        told = asyncio.run(read_status(settings))
+    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise NobodyAnswers(f"there is no listener on port {settings.port}, and {explain(error)}") from None
+    told["reasons"] = [f"no listener answers on {settings.health_host}:{settings.port}", *told["reasons"]]
+    return told
 
 
 def _of_listener(host: str, port: int) -> dict[str, Any] | None:
     """Return what the listener says; None when there is none, or somebody else has the port."""
     if not port:
         return None
-    served = Served(host, port)
-    connection = http.client.HTTPConnection(served.reachable_host, port, timeout=_SECONDS)
+    connection = http.client.HTTPConnection(Served(host, port).reachable_host, port, timeout=_SECONDS)
     try:
         connection.request("GET", "/status", headers={"Connection": "close"})
         response = connection.getresponse()
@@ -48,8 +57,3 @@ def _of_listener(host: str, port: int) -> dict[str, Any] | None:
     finally:
         connection.close()
     return told if isinstance(told, dict) and {"delivery", "handlers"} <= told.keys() else None
-
-
-async def _awaited(answer: Any) -> dict[str, Any]:  # noqa: ANN401 - an awaitable of whatever kind
-    told: dict[str, Any] = await answer
-    return told

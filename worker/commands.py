@@ -80,9 +80,13 @@ def check(*, as_json: bool) -> int:
 def status(*, as_json: bool) -> int:
     """Show the state; 1 when not ready."""
     settings = _settings()
-    from worker.asking import ask_status  # noqa: PLC0415 - as above
+    from worker.asking import NobodyAnswers, ask_status  # noqa: PLC0415 - as above
 
-    told = ask_status(settings)
+    try:
+        told = ask_status(settings)
+    except NobodyAnswers as error:
+        printing.show_problem(str(error))
+        return PROBLEMS
     printing.show_status(told, as_json=as_json)
     return FINE if told.get("ready") else PROBLEMS
 

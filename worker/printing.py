@@ -94,6 +94,11 @@ def show_findings(findings: Sequence["Finding"], *, as_json: bool) -> None:
             console.print(Text(f"{'':8} {'':{width}}  → {found.remedy}"), soft_wrap=True)
 
 
+def show_problem(problem: str) -> None:
+    """Print one line on standard error."""
+    sys.stderr.write(f"tailrace: {' '.join(problem.split())}\n")
+
+
 def show_status(told: Mapping[str, Any], *, as_json: bool) -> None:
     """Print the state."""
     if as_json:
