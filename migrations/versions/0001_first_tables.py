@@ -1,0 +1,143 @@
+"""The tables that say what has been applied, what is held and what may have been lost.
+
+Everything that must survive lives here; Redis holds only what is on its way.
+"""
+
+from alembic import op
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+TABLES = """
+-- One row: who reads the source, under which generation, and since when.
+create table tailrace.source (
+  id              smallint primary key default 1 check (id = 1),
+  history         text not null default replace(gen_random_uuid()::text, '-', ''),
+  delivery        text not null default 'plain' check (delivery in ('plain', 'proven')),
+  generation      text,
+  floor_lsn       bigint not null default 0,
+  floor_ordinal   bigint not null default 0,
+  lanes           integer,
+  lease_token     text,
+  lease_holder    text,
+  lease_until     timestamptz not null default '-infinity',
+  live_at         timestamptz
+);
+comment on column tailrace.source.generation is 'random name of one reading of the source; part of the names of the lanes in Redis';
+comment on column tailrace.source.live_at is 'last moment at which the source was surely live';
+insert into tailrace.source default values;
+
+create table tailrace.handlers (
+  name        text primary key,
+  kind        text not null check (kind in ('derive', 'change')),
+  state       text not null default 'active' check (state in ('active', 'orphaned')),
+  tables      text[] not null,
+  filtered    bigint not null default 0,
+  since       timestamptz not null default now(),
+  orphaned_at timestamptz
+);
+
+-- One row for each lane: up to where it is applied. Moved in the handler's own transaction.
+create table tailrace.lanes (
+  handler         text not null references tailrace.handlers (name) on delete cascade,
+  lane            integer not null,
+  lsn             bigint not null default 0,
+  ordinal         bigint not null default 0,
+  arrived_lsn     bigint,
+  arrived_ordinal bigint,
+  applied         bigint not null default 0,
+  holding         integer not null default 0,
+  moved_at        timestamptz,
+  primary key (handler, lane)
+) with (fillfactor = 50);
+comment on column tailrace.lanes.arrived_lsn is 'position of a change of several lanes that this lane has reached and waits for';
+comment on column tailrace.lanes.holding is 'rows of tailrace.held that concern this lane';
+
+create table tailrace.held (
+  id              bigint generated always as identity primary key,
+  handler         text not null references tailrace.handlers (name) on delete cascade,
+  lanes           integer[] not null,
+  keys            text[] not null,
+  lsn             bigint not null,
+  ordinal         bigint not null,
+  status          text not null default 'retrying' check (status in ('retrying', 'parked', 'dead')),
+  source          text not null,
+  payload         bytea,
+  changes         integer not null default 1,
+  attempts        integer not null default 0,
+  next_attempt_at timestamptz,
+  error_class     text,
+  error           text,
+  traceback       text,
+  first_failed_at timestamptz,
+  last_failed_at  timestamptz
+);
+comment on table tailrace.held is 'changes that wait: for a retry of their own, or behind one of their key';
+comment on column tailrace.held.keys is 'lane keys, as JSON arrays of canonical texts';
+create index held_by_handler on tailrace.held (handler, id) where status <> 'dead';
+create index held_due on tailrace.held (next_attempt_at) where status = 'retrying' and next_attempt_at is not null;
+
+create table tailrace.gaps (
+  id          bigint generated always as identity primary key,
+  since       timestamptz,
+  until       timestamptz not null,
+  cause       text not null,
+  tables      text[] not null,
+  state       text not null default 'open' check (state in ('open', 'backfilled', 'acknowledged')),
+  recorded_at timestamptz not null default now(),
+  closed_at   timestamptz
+);
+comment on table tailrace.gaps is 'intervals in which changes of these tables may have been lost';
+
+create table tailrace.backfills (
+  id          bigint generated always as identity primary key,
+  handler     text not null references tailrace.handlers (name) on delete cascade,
+  schema_name text not null,
+  table_name  text not null,
+  gap         bigint references tailrace.gaps (id) on delete set null,
+  state       text not null default 'waiting' check (state in ('waiting', 'running', 'done')),
+  phase       text not null default 'rows' check (phase in ('rows', 'kept')),
+  cursor      jsonb,
+  keys        bigint not null default 0,
+  asked_at    timestamptz not null default now(),
+  done_at     timestamptz
+);
+create unique index backfills_waiting on tailrace.backfills (handler, schema_name, table_name) where state = 'waiting';
+
+-- The row that proves the path end to end: written here, it must come back by every path.
+create table tailrace.canary (
+  id         smallint primary key default 1 check (id = 1),
+  token      text not null,
+  written_at timestamptz not null default clock_timestamp()
+);
+insert into tailrace.canary (token) values ('none');
+"""
+
+GRANTS = """
+do $$
+begin
+  if exists (select from pg_roles where rolname = 'service_role') then
+    grant usage on schema tailrace to service_role;
+    grant select on tailrace.canary to service_role;
+  end if;
+end
+$$;
+"""
+
+
+def upgrade() -> None:
+    """Make the tables."""
+    for statement in TABLES.split(";\n"):
+        if statement.strip():
+            op.execute(statement)
+    op.execute(GRANTS)
+
+
+def downgrade() -> None:
+    """Drop the tables, and with them all knowledge of what was applied."""
+    op.execute(
+        "drop table tailrace.canary, tailrace.backfills, tailrace.gaps, tailrace.held, tailrace.lanes,"
+        " tailrace.handlers, tailrace.source"
+    )

@@ -1,0 +1,205 @@
+"""Backfill: giving derive handlers the keys of rows that exist, to close a gap.
+
+Reads a table by primary key, page by page, and puts the keys of its rows into the same lanes as live changes;
+their handlers recompute from current state, so no order is owed. Survives a restart at its last page.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import structlog
+from sqlalchemy import Select, String, cast, func, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker.catalogue import Catalogue, Table, quote
+from worker.registry import Handler
+from worker.values import canonicalizer
+
+log = structlog.get_logger(__name__)
+
+PAGE = 1_000
+QUIET_SECONDS = 2.0
+VISIBLE_SECONDS = 60.0
+
+Put = Callable[[Handler, Sequence[bytes]], Awaitable[None]]
+
+_NEXT = text(
+    "update tailrace.backfills set state = 'running' where id = ("
+    " select b.id from tailrace.backfills b join tailrace.handlers h on h.name = b.handler"
+    " where b.state <> 'done' and h.state = 'active' order by b.id limit 1)"
+    " returning id, handler, schema_name, table_name, phase, cursor"
+)
+_PROGRESS = text(
+    "update tailrace.backfills set cursor = cast(:cursor as jsonb), phase = :phase, keys = keys + :keys"
+    " where id = :id"
+)
+_DONE = text(
+    "update tailrace.backfills set state = 'done', cursor = null, done_at = clock_timestamp() where id = :id"
+)
+# A gap is closed when every handler of its tables computes from what is there, and has been given all keys.
+_CLOSE = text(
+    "update tailrace.gaps g set state = 'backfilled', closed_at = clock_timestamp() where state = 'open'"
+    " and not exists (select from tailrace.backfills b where b.state <> 'done'"
+    "  and b.schema_name || '.' || b.table_name = any (g.tables))"
+    " and not exists (select from tailrace.handlers h where h.state = 'active' and h.kind = 'change'"
+    "  and h.tables && g.tables)"
+    " and exists (select from tailrace.handlers h where h.state = 'active' and h.tables && g.tables)"
+)
+
+
+class _Asked(NamedTuple):
+    id: int
+    handler: str
+    schema: str
+    table: str
+    phase: str
+    cursor: list[str] | None
+
+
+class Backfills:
+    """Carries out the backfills that gaps have asked for, one after the other."""
+
+    def __init__(
+        self, engine: AsyncEngine, handlers: Sequence[Handler], catalogue: Catalogue, put: Put
+    ) -> None:
+        self._engine = engine
+        self._handlers = {handler.name: handler for handler in handlers}
+        self._catalogue = catalogue
+        self._put = put
+        self._asked = asyncio.Event()
+
+    def ask(self) -> None:
+        """Look at once for a backfill that has been asked for."""
+        self._asked.set()
+
+    async def once(self) -> bool:
+        """Carry out the next backfill, if there is one."""
+        async with self._engine.begin() as connection:
+            row = (await connection.execute(_NEXT)).one_or_none()
+        if row is None:
+            return False
+        asked = _Asked(*row)
+        handler = self._handlers.get(asked.handler)
+        if handler is not None:
+            await self._run(handler, asked)
+        async with self._engine.begin() as connection:
+            await connection.execute(_DONE, {"id": asked.id})
+            await connection.execute(_CLOSE)
+        return True
+
+    async def wait(self) -> None:
+        """Wait until there may be something to do."""
+        try:
+            async with asyncio.timeout(QUIET_SECONDS):
+                await self._asked.wait()
+        except TimeoutError:
+            pass
+        self._asked.clear()
+
+    async def _run(self, handler: Handler, asked: _Asked) -> None:
+        table = self._catalogue.tables.get((asked.schema, asked.table))
+        columns = _key_columns(handler, asked, table)
+        if table is None or not columns or not table.primary_key:
+            return
+        log.info("backfill begins", handler=handler.name, table=f"{asked.schema}.{asked.table}")
+        await self._until_visible()
+        keys = 0
+        if asked.phase == "rows":
+            keys += await self._rows(handler, asked, table, columns)
+        if handler.all_keys is not None:
+            keys += await self._kept(handler, asked, [table.columns[name].value_type for name in columns])
+        log.info("backfill done", handler=handler.name, table=f"{asked.schema}.{asked.table}", keys=keys)
+
+    async def _until_visible(self) -> None:
+        """Wait until everything that has committed by now can be seen: a commit is decoded before that."""
+        async with self._engine.connect() as connection:
+            start = (
+                await connection.execute(text("select pg_snapshot_xmax(pg_current_snapshot())::text"))
+            ).scalar_one()
+        until = asyncio.get_running_loop().time() + VISIBLE_SECONDS
+        while asyncio.get_running_loop().time() < until:
+            async with self._engine.connect() as connection:
+                seen = await connection.execute(
+                    text("select pg_snapshot_xmin(pg_current_snapshot()) >= cast(cast(:x as text) as xid8)"),
+                    {"x": start},
+                )
+                if seen.scalar_one():
+                    return
+            await asyncio.sleep(0.1)
+        log.warning("backfill begins beside a long transaction", waited_seconds=VISIBLE_SECONDS)
+
+    async def _rows(self, handler: Handler, asked: _Asked, table: Table, columns: Sequence[str]) -> int:
+        primary = table.primary_key
+        order = ", ".join(quote(name) for name in primary)
+        marks = ", ".join(
+            f"cast(cast(:k{n} as text) as {table.columns[name].sql_cast})" for n, name in enumerate(primary)
+        )
+        select = (
+            f"select {', '.join(f'{quote(name)}::text' for name in primary)},"
+            f" {', '.join(f'to_jsonb({quote(name)})::text' for name in columns)} from {table.sql_name}"
+        )
+        forms = [canonicalizer(table.columns[name].value_type) for name in columns]
+        cursor, total = asked.cursor, 0
+        while True:
+            where = f" where ({order}) > ({marks})" if cursor else ""
+            async with self._engine.connect() as connection:
+                found = await connection.execute(
+                    text(f"{select}{where} order by {order} limit {PAGE}"),
+                    {f"k{n}": value for n, value in enumerate(cursor or ())},
+                )
+                rows = found.all()
+            if rows:
+                cursor = list(rows[-1][: len(primary)])
+                keys = _encode([row[len(primary) :] for row in rows], forms)
+                await self._put(handler, keys)
+                total += len(keys)
+                await self._note(asked, cursor, "rows", len(keys))
+            if len(rows) < PAGE:
+                await self._note(asked, None, "kept", 0)
+                return total
+
+    async def _kept(self, handler: Handler, asked: _Asked, types: Sequence[str]) -> int:
+        """Give the keys that the handler keeps: those whose rows are all gone are in no source table."""
+        select = handler.all_keys() if handler.all_keys is not None else None
+        if not isinstance(select, Select):
+            return 0
+        forms = [canonicalizer(name) for name in types]
+        inner = select.subquery("kept")
+        outer: Select[Any] = Select(*(cast(func.to_jsonb(column), String) for column in inner.c))
+        total = 0
+        async with self._engine.connect() as connection:
+            result = await connection.stream(outer)
+            async for page in result.partitions(PAGE):
+                keys = _encode(page, forms)
+                await self._put(handler, keys)
+                total += len(keys)
+        await self._note(asked, None, "kept", total)
+        return total
+
+    async def _note(self, asked: _Asked, cursor: list[str] | None, phase: str, keys: int) -> None:
+        async with self._engine.begin() as connection:
+            document = None if cursor is None else msgspec.json.encode(cursor).decode()
+            await connection.execute(
+                _PROGRESS, {"id": asked.id, "cursor": document, "phase": phase, "keys": keys}
+            )
+
+
+def _key_columns(handler: Handler, asked: _Asked, table: Table | None) -> tuple[str, ...]:
+    for one in handler.subscriptions:
+        if (one.schema, one.table) == (asked.schema, asked.table):
+            return one.lane_key or (table.primary_key if table else ())
+    return ()
+
+
+def _encode(rows: Sequence[Sequence[str | None]], forms: Sequence[Any]) -> list[bytes]:
+    """Make lane keys of rows of JSON texts, each once; NULLs belong to no key."""
+    keys: dict[bytes, None] = {}
+    for row in rows:
+        texts = [
+            None if value is None else form(value.encode()) for value, form in zip(row, forms, strict=True)
+        ]
+        if None not in texts:
+            keys[msgspec.json.encode(texts)] = None
+    return list(keys)

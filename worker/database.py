@@ -1,0 +1,158 @@
+"""The way to Postgres: one engine per process, made from the settings.
+
+It decides how connections are made and what is worth waiting for. It holds no SQL of the mechanism.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import asyncpg
+import structlog
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+log = structlog.get_logger(__name__)
+
+TRANSACTION_POOLER_PORT = 6543
+"""Supavisor's and Supabase's dedicated pooler in transaction mode: named statements cannot live there."""
+
+_LOST_SQLSTATES = ("08", "57P", "53300", "58030", "25006", "25P03", "25P04")
+
+
+def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
+    """Make the engine of one process.
+
+    Args:
+        url: `postgresql://…` or `postgres://…`, direct or through a pooler.
+        name: what `pg_stat_activity` shows as application name.
+        size: connections at most.
+    """
+    parsed = make_url(url).set(drivername="postgresql+asyncpg")
+    query = dict(parsed.query)
+    connect: dict[str, Any] = {"timeout": 10, "server_settings": {"application_name": name}}
+    if "sslmode" in query:
+        connect["ssl"] = str(query.pop("sslmode"))
+    if parsed.port == TRANSACTION_POOLER_PORT:
+        connect |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+    return create_async_engine(
+        parsed.set(query=query),
+        connect_args=connect,
+        pool_size=size,
+        max_overflow=0,
+        pool_recycle=1800,
+        pool_use_lifo=True,
+        hide_parameters=True,  # row values must not reach a log by way of an error message
+    )
+
+
+def is_away(error: BaseException) -> bool:
+    """Tell whether the database could not even be reached: also what a failed connect raises."""
+    return is_lost(error) or any(
+        isinstance(one, OSError) and not isinstance(one, TimeoutError) for one in _chain(error)
+    )
+
+
+def is_lost(error: BaseException) -> bool:
+    """Tell whether the database went away under a statement, rather than the statement being wrong.
+
+    Such trouble is nobody's fault and uses up no attempt. Trouble of a handler's own sockets is not meant.
+    """
+    for one in _chain(error):
+        if isinstance(one, DBAPIError) and one.connection_invalidated:
+            return True
+        if isinstance(one, asyncpg.InterfaceError):
+            return True
+        state = getattr(one, "sqlstate", None)
+        if isinstance(state, str) and state.startswith(_LOST_SQLSTATES):
+            return True
+    return False
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Tell whether another transaction was in the way and the same work may succeed at once."""
+    return any(getattr(one, "sqlstate", None) in ("40001", "40P01") for one in _chain(error))
+
+
+def is_locked(error: BaseException) -> bool:
+    """Tell whether a row lock asked for with NOWAIT is held by somebody else."""
+    return any(getattr(one, "sqlstate", None) == "55P03" for one in _chain(error))
+
+
+def explain(error: BaseException) -> str:
+    """Say in one line why the database cannot be had; never with a password."""
+    for one in _chain(error):
+        state = getattr(one, "sqlstate", None)
+        if state in ("28P01", "28000"):
+            return "Postgres refuses the user or password of DATABASE_URL"
+        if state == "3D000":
+            return "the database named in DATABASE_URL does not exist"
+        if state == "42P01" and "tailrace." in str(one):
+            return "tailrace's tables are missing: run `python -m worker migrate`"
+        if state == "3F000":
+            return "schema tailrace is missing: run `python -m worker migrate`"
+    innermost = _chain(error)[-1]
+    return f"Postgres cannot be reached ({type(innermost).__name__}: {str(innermost).splitlines()[0] if str(innermost) else ''})"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """List the error and what caused it, outermost first."""
+    found: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in found:
+        found.append(one)
+        one = getattr(one, "orig", None) or one.__cause__ or one.__context__
+    return found
+
+
+async def wait_until_up(
+    engine: AsyncEngine, *, most: float = 5.0, told: Callable[[str], None] | None = None
+) -> None:
+    """Wait, for as long as it takes, until the database answers and tailrace's tables are there.
+
+    Args:
+        engine: where to connect.
+        most: seconds between two tries at the longest.
+        told: is given each new reason, which is also logged once.
+    """
+    last, delay = "", 0.2
+    while True:
+        try:
+            async with engine.connect() as connection:
+                await connection.execute(text("select lanes from tailrace.source"))
+        except (DBAPIError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+            reason = explain(error)
+            if reason != last:
+                log.warning("waiting for Postgres", reason=reason)
+                last = reason
+                if told is not None:
+                    told(reason)
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
+            delay = min(delay * 2, most)
+        else:
+            if last:
+                log.info("Postgres is back")
+            return
+
+
+async def fetch_one(
+    connection: AsyncConnection, statement: str, parameters: Mapping[str, Any] | None = None
+) -> Any:  # noqa: ANN401 - a row of whatever the statement selects
+    """Run a statement and return its single row, or None."""
+    return (await connection.execute(text(statement), dict(parameters or {}))).one_or_none()
+
+
+__all__ = [
+    "InterfaceError",
+    "OperationalError",
+    "explain",
+    "fetch_one",
+    "is_conflict",
+    "is_locked",
+    "is_lost",
+    "make_engine",
+    "wait_until_up",
+]

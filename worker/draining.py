@@ -1,0 +1,258 @@
+"""Which lanes this worker drains, and when: claims, wake-ups, lingering and the sweep.
+
+A lane is drained by one arq job. The job takes the lane's claim, makes passes until the lane is empty, waits
+a little for more (so that a steady trickle costs no job each), and gives the claim back. Everything here is a
+hint that may be lost: every worker sweeps all lanes every two seconds, and a claim of a dead worker counts for
+nothing. Doing a lane twice, or at the same time, is harmless: the lane's row in Postgres decides.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker import held, positions
+from worker.database import is_away
+from worker.drain import Drain, Pass, Progress
+from worker.lanes import CLAIM_SECONDS, Lane, Lanes
+
+log = structlog.get_logger(__name__)
+
+SWEEP_SECONDS = 2.0
+LINGER_SECONDS = 5.0
+"""How long a job waits at an empty lane before it ends."""
+TURN_SECONDS = 5.0
+"""How long a job keeps a lane that never empties before the lane is dealt anew, to whichever worker is free."""
+MEETING_SECONDS = 0.02
+BUSY_SECONDS = 0.05
+AWAY_SECONDS = 1.0
+
+Enqueue = Callable[[Lane], Awaitable[None]]
+
+
+class Draining:
+    """The part of a worker process that drains lanes."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        engine: AsyncEngine,
+        lanes: Lanes,
+        drains: Mapping[str, Drain],
+        enqueue: Enqueue,
+        at_once: int,
+    ) -> None:
+        self.name = name
+        self._engine = engine
+        self._lanes = lanes
+        self._drains = drains
+        self._enqueue = enqueue
+        self._slots = asyncio.Semaphore(at_once)
+        self._bells: dict[Lane, asyncio.Event] = {}
+        self._generation: str | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.queued = asyncio.Event()
+        """Set when arq's queue may have a new job."""
+        self.stopping = asyncio.Event()
+        self.swept_at = 0.0
+        self.applied = 0
+        self.lag_seconds: float | None = None
+
+    # The job
+
+    async def drain(self, lane: Lane) -> None:
+        """Drain a lane until it is empty, its turn is over, or the worker stops. The body of the arq job."""
+        drain = self._drains.get(lane.handler)
+        if drain is None or self.stopping.is_set():
+            return
+        if lane in self._bells:
+            self._bells[lane].set()
+            return
+        self._bells[lane] = bell = asyncio.Event()
+        self._idle.clear()
+        handed_over = True
+        try:
+            if await self._lanes.claim(lane, self.name):
+                handed_over = False
+                handed_over = await self._turn(drain, lane, bell)
+        finally:
+            if self._bells.get(lane) is bell:
+                del self._bells[lane]
+            if not self._bells:
+                self._idle.set()
+            if not handed_over:
+                with contextlib.suppress(RedisError, OSError):
+                    await self._lanes.release(self._generation or "", lane, self.name, always=True)
+
+    async def _turn(self, drain: Drain, lane: Lane, bell: asyncio.Event) -> bool:
+        """Make passes; True where the claim has been given back already."""
+        until = time.monotonic() + TURN_SECONDS
+        while not self.stopping.is_set():
+            bell.clear()
+            async with self._slots:
+                progress = await drain.run(lane)
+            await self._follow(lane, progress)
+            if progress.ended is Pass.UNKNOWN:
+                return False
+            if time.monotonic() > until and progress.ended is not Pass.EMPTY:
+                return await self._deal_anew(lane)
+            if progress.ended is Pass.MORE or await self._rest(bell, progress.ended):
+                continue
+            if progress.ended is Pass.EMPTY and await self._leave(lane, bell):
+                return True
+        return False
+
+    async def _deal_anew(self, lane: Lane) -> bool:
+        """Give up a lane that has more to do, so that a worker with less to do may have it."""
+        await self._lanes.release(self._generation or "", lane, self.name, always=True)
+        del self._bells[lane]
+        await self.wake([lane])
+        return True
+
+    async def _leave(self, lane: Lane, bell: asyncio.Event) -> bool:
+        """Give back the claim of an empty lane; False, and the lane is kept, where entries have come meanwhile."""
+        # First the bell, then the claim: a job that comes in between finds the lane free here, not deaf.
+        del self._bells[lane]
+        if await self._lanes.release(self._generation or "", lane, self.name) or lane in self._bells:
+            return True
+        self._bells[lane] = bell
+        return False
+
+    async def _follow(self, lane: Lane, progress: Progress) -> None:
+        if progress.applied:
+            self.applied += progress.applied
+        if progress.latest_at:
+            self.lag_seconds = max(0.0, time.time() - progress.latest_at)
+        if progress.wake:
+            await self.wake(Lane(lane.handler, number) for number in progress.wake)
+
+    async def _rest(self, bell: asyncio.Event, ended: Pass) -> bool:
+        """Wait for the bell; True when it rang."""
+        seconds = {
+            Pass.MEETING: MEETING_SECONDS,
+            Pass.BUSY: BUSY_SECONDS,
+            Pass.AWAY: AWAY_SECONDS,
+        }.get(ended, LINGER_SECONDS)
+        try:
+            async with asyncio.timeout(seconds):
+                await bell.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self, seconds: float) -> None:
+        """Take no more work; let the passes under way end within so many seconds."""
+        self.stopping.set()
+        self._ring_all()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+
+    # Wake-ups
+
+    async def wake(self, lanes: Iterable[Lane]) -> None:
+        """Wake whoever drains these lanes, here or elsewhere; start jobs for those that nobody drains."""
+        elsewhere = []
+        for lane in lanes:
+            if lane in self._bells:
+                self._bells[lane].set()
+            else:
+                elsewhere.append(lane)
+        if elsewhere:
+            for lane in await self._lanes.ring(await self._current(), elsewhere, time.time()):
+                await self._enqueue(lane)
+
+    async def listen(self) -> None:
+        """Hear the bells of this worker, for ever; survives the loss of Redis."""
+        bell, jobs = f"{self._lanes.prefix}:bell:{self.name}", f"{self._lanes.prefix}:jobs"
+        while True:
+            try:
+                async with self._lanes.redis.pubsub() as pubsub:
+                    await pubsub.subscribe(bell, jobs)
+                    self._ring_all()  # whatever rang while nobody listened
+                    async for message in pubsub.listen():
+                        self._heard(message)
+            except (RedisError, OSError):
+                await asyncio.sleep(random.uniform(0.2, 1.0))  # noqa: S311 - jitter, not a secret
+
+    def _ring_all(self) -> None:
+        self.queued.set()
+        for bell in self._bells.values():
+            bell.set()
+
+    def _heard(self, message: Mapping[str, object]) -> None:
+        if message["type"] != "message":
+            return
+        channel, data = message["channel"], message["data"]
+        if not isinstance(channel, bytes) or not isinstance(data, bytes):
+            return
+        if channel.endswith(b":jobs"):
+            self.queued.set()
+            return
+        for name in data.decode().split("\n"):
+            bell = self._bells.get(Lane.parse(name))
+            if bell is not None:
+                bell.set()
+
+    # The sweep
+
+    async def live(self) -> None:
+        """Say that this worker lives, for ever."""
+        while True:
+            with contextlib.suppress(RedisError, OSError):
+                await self._lanes.alive(self.name)
+            await asyncio.sleep(CLAIM_SECONDS / 4)
+
+    async def sweep(self) -> None:
+        """Look every two seconds for lanes with work that nobody drains, for ever."""
+        told = ""
+        while True:
+            try:
+                await self._sweep_once()
+            except (RedisError, OSError) as error:
+                told = self._tell(told, "Redis", error)
+            except Exception as error:
+                if not is_away(error):
+                    raise
+                told = self._tell(told, "Postgres", error)
+            else:
+                if told:
+                    log.info("sweep goes on")
+                told = ""
+                self.swept_at = time.time()
+            await asyncio.sleep(SWEEP_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, not a secret
+
+    def _tell(self, told: str, what: str, error: Exception) -> str:
+        if told != what:
+            log.warning("sweep waits", reason=f"{what} cannot be reached", error_class=type(error).__name__)
+        return what
+
+    async def _sweep_once(self) -> None:
+        self._generation = None
+        generation = await self._current()
+        if not generation:
+            return
+        async with self._engine.connect() as connection:
+            due = await held.due_lanes(connection)
+        for lane in await self._lanes.sweep(generation, time.time()):
+            await self._enqueue(lane)
+        await self.wake(due)
+
+    async def _current(self) -> str:
+        """Read the generation; kept until the next sweep."""
+        if self._generation is None:
+            async with self._engine.connect() as connection:
+                self._generation = (await positions.read_source(connection)).generation
+        return self._generation or ""
+
+    async def leave(self) -> None:
+        """Say that this worker is gone, so that nobody waits for its key to expire."""
+        with contextlib.suppress(RedisError, OSError):
+            await self._lanes.gone(self.name)

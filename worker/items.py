@@ -1,0 +1,87 @@
+"""From a lane's entries to what a handler is called with: typed keys, or typed changes.
+
+Decoding only; which entries, in which order and under which lock is the drain's business.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from worker.catalogue import Catalogue, Table
+from worker.change import Change, Position, RawChange
+from worker.errors import MalformedChange
+from worker.held import HeldRow
+from worker.lanes import Read
+from worker.registry import Handler
+from worker.repair import build_changes
+from worker.values import from_canonical
+
+
+class KeyItem(NamedTuple):
+    """A derive handler's key."""
+
+    key: bytes
+    """The lane key."""
+    value: Any
+    """What the handler is given: the typed value, or a tuple of several columns' values."""
+    changes: int
+    """Changes that lie behind it in this batch."""
+
+
+class Item(NamedTuple):
+    """A change handler's change."""
+
+    read: Read
+    change: Change
+
+
+class Decoder:
+    """Decodes for one handler."""
+
+    def __init__(self, handler: Handler, catalogue: Catalogue) -> None:
+        self._tables = catalogue.tables
+        self._types: tuple[str, ...] = ()
+        if handler.kind == "derive":
+            first = handler.subscriptions[0]
+            table = self._tables[first.schema, first.table]
+            columns = first.lane_key or table.primary_key
+            self._types = tuple(table.columns[name].type for name in columns)
+
+    def key(self, key: bytes) -> Any:  # noqa: ANN401 - a value of whatever type the column has
+        """Give a derive key its type."""
+        texts: list[str | None] = msgspec.json.decode(key)
+        values = [
+            None if text is None else from_canonical(text, type_)
+            for text, type_ in zip(texts, self._types, strict=True)
+        ]
+        return values[0] if len(values) == 1 else tuple(values)
+
+    async def changes(self, session: AsyncSession, reads: Sequence[Read]) -> list[Item]:
+        """Decode and repair changes, keeping their order."""
+        by_table: dict[tuple[str, str], list[tuple[Position, RawChange, int]]] = {}
+        for read in reads:
+            raw = _decode(read.entry.source, read.entry.payload)
+            by_table.setdefault((raw.schema, raw.table), []).append((read.position, raw, 1))
+        built: dict[Position, Change] = {}
+        for name, entries in by_table.items():
+            for change in await build_changes(session, self._table(name), entries):
+                built[change.position] = change
+        return [Item(read, built[read.position]) for read in reads]
+
+    async def held(self, session: AsyncSession, row: HeldRow) -> Item:
+        """Decode a held change for its next attempt."""
+        raw = _decode(row.source, row.payload)
+        entries = [(row.position, raw, row.attempts + 1)]
+        (change,) = await build_changes(session, self._table((raw.schema, raw.table)), entries)
+        return Item(Read(row.position, None), change)  # type: ignore[arg-type] # held changes have left their lane
+
+    def _table(self, name: tuple[str, str]) -> Table:
+        return self._tables[name]
+
+
+def _decode(source: str, payload: bytes) -> RawChange:
+    if source == "realtime" or source == "wal":  # noqa: PLR1714 - narrows the type
+        return RawChange.decode(source, payload)
+    raise MalformedChange(f"unknown source {source!r}")

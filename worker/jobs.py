@@ -1,0 +1,184 @@
+"""Process 2: the arq worker. `arq worker.jobs.WorkerSettings` starts it, `arq --check …` asks it.
+
+arq hands out one job for each active lane and runs it here; order, uniqueness, retries and recovery are the
+drain's. The settings are read when arq asks for `WorkerSettings`, not when this module is imported.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from contextlib import AsyncExitStack, suppress
+from types import FrameType
+from typing import Any
+
+import structlog
+import uvloop
+from arq.connections import RedisSettings
+from arq.worker import func
+from redis.asyncio import Redis
+
+from config.logging import configure_logging
+from config.settings import Settings, load_settings
+from worker.errors import ConfigurationError
+from worker.lanes import Lane
+from worker.queue import PatientRedis, decode_job, encode_job
+from worker.workshop import Workshop
+
+log = structlog.get_logger(__name__)
+
+MOST_JOBS = 1_000
+"""A job that waits at an empty lane costs nothing; how many work at once is decided by the drain."""
+JOB_SECONDS = 60
+LAST_RESORT_SECONDS = 3.0
+
+
+class WorkerProcess:
+    """What runs beside arq in its process, from start-up to the end of the drain."""
+
+    def __init__(self, settings: Settings, pool: PatientRedis) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._workshop: Workshop | None = None
+        self._stack = AsyncExitStack()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._main: asyncio.Task[Any] | None = None
+        self._failed = False
+
+    async def start(self, ctx: dict[str, Any]) -> None:
+        """Open what the drain needs; waits for Postgres. arq calls this before it takes jobs."""
+        configure_logging(self._settings)
+        self._main = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        try:
+            workshop = await self._stack.enter_async_context(Workshop.open(self._settings, self._enqueue))
+        except ConfigurationError as error:
+            _refuse(error)
+        self._workshop = ctx["workshop"] = workshop
+        self._pool.rung = workshop.draining.queued
+        for work, name in workshop.tasks():
+            task = asyncio.create_task(work, name=name)
+            task.add_done_callback(self._ended)
+            self._tasks.add(task)
+        log.info("working", worker=workshop.draining.name, handlers=len(workshop.handlers))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Stop the process, loudly, when one of its own tasks has died."""
+        self._tasks.discard(task)
+        if task.cancelled() or self._pool.stopping:
+            return
+        log.critical("a task of the worker ended", task=task.get_name(), exc_info=task.exception())
+        self._failed = True
+        self._stop(signal.SIGTERM)
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self._pool.stopping:
+            return
+        self._pool.stopping = True
+        log.info("stopping", signal=number.name)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._settings.drain_seconds + LAST_RESORT_SECONDS, self._give_up_waiting)
+        self._stopper = loop.create_task(self._drain(), name="worker: drain")
+
+    async def _drain(self) -> None:
+        try:
+            if self._workshop is not None:
+                await self._workshop.draining.stop(self._settings.drain_seconds)
+        finally:
+            if self._main is not None:
+                self._main.cancel()
+
+    def _give_up_waiting(self) -> None:
+        """End the process although something does not: what is in flight is rolled back, and nothing is lost."""
+        log.warning("the drain took too long", seconds=self._settings.drain_seconds)
+        os._exit(1 if self._failed else 0)
+
+    async def end(self, ctx: dict[str, Any]) -> None:
+        """Close everything. arq calls this last."""
+        del ctx
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stack.aclose()
+        log.info("stopped")
+        if self._failed:
+            sys.exit(1)
+
+    async def drain(self, ctx: dict[str, Any], handler: str, number: int) -> None:
+        """Drain a lane: the arq job."""
+        workshop: Workshop = ctx["workshop"]
+        await workshop.draining.drain(Lane(handler, number))
+
+    async def _enqueue(self, lane: Lane) -> None:
+        await announce(self._pool, self._settings.queue, lane)
+
+
+async def announce(redis: PatientRedis, queue: str, lane: Lane) -> None:
+    """Put a lane's job on arq's queue, and tell the workers that are waiting."""
+    await redis.enqueue_job("drain", lane.handler, lane.number, _queue_name=queue)
+    await redis.publish(f"{queue}:jobs", b"")
+
+
+def _refuse(error: ConfigurationError) -> None:
+    for problem in error.problems:
+        print(f"tailrace: {problem}", file=sys.stderr)  # noqa: T201 - the log may not be set up yet
+    raise SystemExit(error.exit_code)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """End at once: nothing has been started yet."""
+    del number
+    raise SystemExit(0)
+
+
+def worker_settings() -> type:
+    """Make what arq reads its configuration from.
+
+    Raises:
+        SystemExit: with 2 and a line for each problem, where the settings are wrong.
+    """
+    try:
+        settings = load_settings()
+    except ConfigurationError as error:
+        _refuse(error)
+        raise
+    url = settings.redis_url.get_secret_value()
+    asyncio.set_event_loop(uvloop.new_event_loop())
+    pool = PatientRedis(url, queue=settings.queue)
+    process = WorkerProcess(settings, pool)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with suppress(ValueError):  # not in the main thread: whoever imports this there owns the signals
+            signal.signal(number, _leave)
+    attributes: dict[str, Any] = {
+        "functions": [func(process.drain, name="drain", keep_result=0, max_tries=1_000_000)],
+        "queue_name": settings.queue,
+        "redis_settings": RedisSettings.from_dsn(url),
+        "redis_pool": pool,
+        "job_serializer": encode_job,
+        "job_deserializer": decode_job,
+        "on_startup": process.start,
+        "on_shutdown": process.end,
+        "handle_signals": False,
+        "max_jobs": MOST_JOBS,
+        "queue_read_limit": MOST_JOBS,
+        "job_timeout": JOB_SECONDS + settings.handler_timeout,
+        "keep_result": 0,
+        "log_results": False,
+        "poll_delay": 0.005,
+        "health_check_interval": 5,
+        # Of this machine: what asks wants to know whether to restart the worker here.
+        "health_check_key": f"{settings.queue}:health-check:{socket.gethostname()}",
+    }
+    return type("WorkerSettings", (), attributes)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - as PEP 562 has it
+    if name == "WorkerSettings":
+        return worker_settings()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["Redis", "WorkerProcess", "announce", "worker_settings"]

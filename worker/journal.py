@@ -1,0 +1,286 @@
+"""The listener's pen: from routed changes to entries in the lanes, whatever Redis does meanwhile.
+
+It gives changes their positions (in plain delivery the source has none), keeps what is not yet surely in Redis,
+and begins a new generation when Redis has lost the old one. What reads it is in draining.py.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import structlog
+from redis.exceptions import RedisError, ResponseError
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker import gaps, lease
+from worker.change import Position, RawChange
+from worker.database import explain, is_away
+from worker.lanes import Backlog, Lane, Lanes, LanesLostError, LaneWriter, Top
+from worker.registry import Handler
+from worker.routing import Routed, lane_of
+
+log = structlog.get_logger(__name__)
+
+AWAY_SECONDS = 0.2
+MOST_AWAY_SECONDS = 5.0
+
+
+class Clock:
+    """Positions of plain delivery: milliseconds and a number within them, always rising.
+
+    They come from this process and not from Redis, so that neither a flushed Redis nor one whose clock is
+    behind can give a change a position that its lane has passed.
+    """
+
+    def __init__(self, after: Position) -> None:
+        self._last = after
+
+    def next(self) -> Position:
+        """Give the next position."""
+        now = time.time_ns() // 1_000_000
+        last = self._last
+        self._last = Position(now, 0) if now > last.lsn else Position(last.lsn, last.ordinal + 1)
+        return self._last
+
+
+class Pending(NamedTuple):
+    """A routed change, or keys to be computed, not yet surely in Redis."""
+
+    position: Position
+    handler: Handler
+    keys: tuple[bytes, ...]
+    lanes: tuple[int, ...]
+    source: str
+    payload: bytes
+    at: float
+
+
+class Journal:
+    """Writes the lanes of the generation in force."""
+
+    def __init__(
+        self,
+        *,
+        engine: AsyncEngine,
+        lanes: Lanes,
+        writer: LaneWriter,
+        token: str,
+        clock: Clock,
+        tables: Sequence[tuple[str, str]],
+        lane_count: int,
+        enqueue: Callable[[Lane], Awaitable[None]],
+    ) -> None:
+        self._engine = engine
+        self._lanes = lanes
+        self._writer = writer
+        self._token = token
+        self._clock = clock
+        self._tables = tables
+        self._lane_count = lane_count
+        self._enqueue = enqueue
+        self._lock = asyncio.Lock()
+        self._pending: list[Pending] = []
+        self._clean_at = datetime.now(UTC)
+        self.filtered: Counter[str] = Counter()
+        self.trouble: str | None = None
+        """Why nothing can be written just now; None while all is well."""
+        self.written = 0
+
+    @property
+    def generation(self) -> str:
+        """The generation in force."""
+        return self._writer.generation
+
+    # Taking in
+
+    def add(self, raw: RawChange, routed: Sequence[Routed], at: float) -> None:
+        """Take in a change; `flush` writes it."""
+        position = self._clock.next()
+        self._pending += [
+            Pending(position, one.handler, one.keys, one.lanes, raw.source, raw.payload, at) for one in routed
+        ]
+
+    async def put_keys(self, handler: Handler, keys: Sequence[bytes]) -> None:
+        """Write keys that a derive handler is to compute, whatever changed."""
+        at = time.time()
+        numbers = tuple(lane_of(handler.name, key, self._lane_count) for key in keys)
+        async with self._lock:
+            self._pending.append(
+                Pending(self._clock.next(), handler, tuple(keys), numbers, "backfill", b"", at)
+            )
+            await self._write()
+
+    async def flush(self) -> None:
+        """Write what was taken in. Waits for Redis as long as it takes.
+
+        Raises:
+            LeaseLostError: another listener has taken over.
+        """
+        async with self._lock:
+            await self._write()
+
+    async def _write(self) -> None:
+        delay = AWAY_SECONDS
+        while self._pending:
+            self._stage()
+            try:
+                cold = await self._writer.flush(time.time())
+                self._settle()
+                for lane in cold:
+                    await self._enqueue(lane)
+            except LanesLostError as lost:
+                await self._begin_generation(str(lost))
+            except ResponseError as error:
+                if not _refuses_for_now(error):
+                    await self._begin_generation(f"Redis refused an entry ({type(error).__name__})")
+                    continue
+                delay = await self._away(error, delay)
+            except (RedisError, OSError) as error:
+                delay = await self._away(error, delay)
+
+    def _stage(self) -> None:
+        """Turn what is pending into entries; again after a change of generation, for they name each other."""
+        self._writer.unstage()
+        for one in self._pending:
+            if one.handler.kind == "derive":
+                for number in dict.fromkeys(one.lanes):
+                    keys = [key for key, lane in zip(one.keys, one.lanes, strict=True) if lane == number]
+                    self._entry(one, number, (number,), keys, b"")
+            else:
+                numbers = tuple(sorted(set(one.lanes)))
+                for number in numbers:
+                    self._entry(one, number, numbers, one.keys, one.payload)
+
+    def _entry(
+        self, one: Pending, number: int, lanes: tuple[int, ...], keys: Sequence[bytes], payload: bytes
+    ) -> None:
+        self._writer.stage(
+            Lane(one.handler.name, number),
+            one.position,
+            lanes=lanes,
+            keys=keys,
+            source=one.source,
+            payload=payload,
+            at=one.at,
+        )
+
+    def _settle(self) -> None:
+        self.written += len(self._pending)
+        self._pending = []
+        if self.trouble is not None:
+            log.info("Redis is back")
+            self.trouble = None
+
+    async def _away(self, error: Exception, delay: float) -> float:
+        if self.trouble is None:
+            log.warning("waiting for Redis", error_class=type(error).__name__)
+        self.trouble = f"Redis cannot be written ({type(error).__name__}): check REDIS_URL and its memory"
+        await asyncio.sleep(delay)
+        return min(delay * 2, MOST_AWAY_SECONDS)
+
+    # Looking after the generation
+
+    async def check(self) -> None:
+        """See whether Redis still has all that was written; begin a new generation where it has not.
+
+        Raises:
+            LeaseLostError: another listener has taken over.
+        """
+        async with self._lock:
+            try:
+                await self._writer.check()
+                await self._check_tails()
+            except LanesLostError as lost:
+                await self._begin_generation(str(lost))
+            except (RedisError, OSError) as error:
+                if self.trouble is None:
+                    log.warning("waiting for Redis", error_class=type(error).__name__)
+                self.trouble = f"Redis cannot be reached ({type(error).__name__}): check REDIS_URL"
+                return
+            if not self._pending:
+                self._settle()
+
+    async def _check_tails(self) -> None:
+        """Find a lane whose last entries have vanished with nothing after them to show it.
+
+        Looks at the stream first and then at the position: an entry that was applied in between is no loss.
+        """
+        passed = await self._lanes.passed(self.generation)
+        waiting: list[tuple[Lane, Top]] = []
+        for lane, top in self._writer.tops.items():
+            if top.entries > passed.get(lane, Backlog(0, 0)).entries:
+                waiting.append((lane, top))
+        if not waiting:
+            self._clean_at = datetime.now(UTC)
+            return
+        missing = await self._lanes.missing(self.generation, [(lane, top.last) for lane, top in waiting])
+        if not missing:
+            return
+        async with self._engine.connect() as connection:
+            for lane, last in missing:
+                row = (
+                    await connection.execute(
+                        text(
+                            "select lsn, ordinal from tailrace.lanes where handler = :handler and lane = :lane"
+                        ),
+                        {"handler": lane.handler, "lane": lane.number},
+                    )
+                ).one_or_none()
+                if row is not None and Position(row[0], row[1]) < Position.parse(last):
+                    raise LanesLostError("Redis has lost the end of a lane")
+
+    async def _begin_generation(self, cause: str) -> None:
+        """Go on under a new name, and record what the old lanes may have held as a gap."""
+        old = self._writer.generation
+        floor = self._clock.next()
+        writer = LaneWriter(self._lanes, lease.new_name(), self._token, floor)
+        try:
+            await writer.begin()
+        except (RedisError, OSError) as error:
+            await self._away(error, AWAY_SECONDS)
+            return
+        await self._put_in_force(writer, floor, cause)
+        log.error("gap", cause=cause, tables=len(self._tables))
+        self._writer = writer
+        # Positions must rise within a generation, and what is pending was numbered before its floor.
+        self._pending = [one._replace(position=position) for one, position in self._renumbered()]
+        try:
+            await writer.retire(old)
+        except (RedisError, OSError):
+            log.warning("the lanes of the old generation stay in Redis", generation=old)
+
+    async def _put_in_force(self, writer: LaneWriter, floor: Position, cause: str) -> None:
+        while True:
+            try:
+                async with self._engine.begin() as connection:
+                    await lease.set_generation(connection, self._token, writer.generation, floor)
+                    await gaps.record(connection, cause=cause, tables=self._tables, since=self._clean_at)
+            except Exception as error:
+                if not is_away(error):
+                    raise
+                log.warning("waiting for Postgres", reason=explain(error))
+                await asyncio.sleep(MOST_AWAY_SECONDS / 5)
+            else:
+                return
+
+    def _renumbered(self) -> list[tuple[Pending, Position]]:
+        numbers: dict[Position, Position] = {}
+        for one in self._pending:
+            if one.position not in numbers:
+                numbers[one.position] = self._clock.next()
+        return [(one, numbers[one.position]) for one in self._pending]
+
+    async def backlog(self) -> Backlog:
+        """Count what is written and not yet applied."""
+        return await self._writer.backlog()
+
+
+def _refuses_for_now(error: ResponseError) -> bool:
+    """Tell a Redis that cannot write at present from one that found the entry wrong."""
+    return str(error).startswith(
+        ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY", "NOREPLICAS", "MASTERDOWN")
+    ) or ("command not allowed when used memory" in str(error))

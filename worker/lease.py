@@ -1,0 +1,96 @@
+"""One active listener: lease and generation are one row in Postgres.
+
+A listener may read the source, write lanes and record gaps only while the row carries its token. Renewal
+asks for exactly that token, so a listener that slept through its lease finds out that it must start again.
+"""
+
+import secrets
+from typing import NamedTuple
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from worker.change import Position
+from worker.lanes import LeaseLostError
+
+LEASE_SECONDS = 8
+RENEW_SECONDS = 2
+
+_TAKE = text(
+    "update tailrace.source set lease_token = :token, lease_holder = :holder,"
+    " lease_until = clock_timestamp() + make_interval(secs => :seconds)"
+    " where lease_until < clock_timestamp() or lease_token is null returning id"
+)
+_RENEW = text(
+    "update tailrace.source set lease_until = clock_timestamp() + make_interval(secs => :seconds),"
+    " live_at = coalesce(cast(:sure as timestamptz), live_at) where lease_token = :token returning id"
+)
+_GIVE_UP = text(
+    "update tailrace.source set lease_token = null, lease_until = '-infinity',"
+    " live_at = coalesce(cast(:sure as timestamptz), live_at) where lease_token = :token"
+)
+_GENERATION = text(
+    "update tailrace.source set generation = :generation, floor_lsn = :lsn, floor_ordinal = :ordinal"
+    " where lease_token = :token returning id"
+)
+
+
+class Holder(NamedTuple):
+    """Who has the lease."""
+
+    name: str
+    seconds_left: float
+
+
+def new_name() -> str:
+    """Make a random name: a counter would repeat itself after a restore."""
+    return secrets.token_hex(8)
+
+
+async def take(engine: AsyncEngine, token: str, holder: str) -> bool:
+    """Take the lease where nobody has it."""
+    async with engine.begin() as connection:
+        parameters = {"token": token, "holder": holder, "seconds": LEASE_SECONDS}
+        return (await connection.execute(_TAKE, parameters)).one_or_none() is not None
+
+
+async def renew(engine: AsyncEngine, token: str, sure: object) -> None:
+    """Renew the lease, and note up to when the source was surely read (None: no news).
+
+    Raises:
+        LeaseLostError: somebody else has taken it.
+    """
+    async with engine.begin() as connection:
+        parameters = {"token": token, "seconds": LEASE_SECONDS, "sure": sure}
+        if (await connection.execute(_RENEW, parameters)).one_or_none() is None:
+            raise LeaseLostError("another listener has taken over")
+
+
+async def give_up(engine: AsyncEngine, token: str, sure: object) -> None:
+    """Let the next listener have the lease at once."""
+    async with engine.begin() as connection:
+        await connection.execute(_GIVE_UP, {"token": token, "sure": sure})
+
+
+async def set_generation(connection: AsyncConnection, token: str, generation: str, floor: Position) -> None:
+    """Put a generation in force, in the caller's transaction.
+
+    Raises:
+        LeaseLostError: somebody else has the lease.
+    """
+    parameters = {"token": token, "generation": generation, "lsn": floor.lsn, "ordinal": floor.ordinal}
+    if (await connection.execute(_GENERATION, parameters)).one_or_none() is None:
+        raise LeaseLostError("another listener has taken over")
+
+
+async def holder(connection: AsyncConnection) -> Holder | None:
+    """Tell who has the lease; None where nobody has."""
+    row = (
+        await connection.execute(
+            text(
+                "select lease_holder, extract(epoch from lease_until - clock_timestamp())::float8"
+                " from tailrace.source where lease_until > clock_timestamp()"
+            )
+        )
+    ).one_or_none()
+    return Holder(row[0], row[1]) if row else None

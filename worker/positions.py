@@ -1,0 +1,153 @@
+"""The rows that say up to where each lane is applied, and who reads the source.
+
+One row a lane, locked by whoever drains it and moved in the handler's own transaction: that, and nothing
+else, makes effects exactly-once. Nothing here decides what to apply.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from worker.change import Position
+from worker.lanes import Lane
+
+
+class Limits(NamedTuple):
+    """How long Postgres lets a drain's transaction live when its process does not answer."""
+
+    idle_ms: int
+    """Between two statements; a handler that waits for the outside world lives within it."""
+    total_ms: int
+    """From begin to commit; 0 for servers that know no such limit."""
+
+
+class LaneRow(NamedTuple):
+    """A lane as Postgres has it, locked."""
+
+    position: Position
+    arrived: Position | None
+    holding: int
+
+
+class SourceRow(NamedTuple):
+    """The generation whose lanes are to be read."""
+
+    generation: str | None
+    floor: Position
+    lanes: int | None
+    history: str
+
+
+# A dead or frozen process must not keep the row: Postgres ends its transaction by itself (kernel answers
+# keep-alives of a stopped process, and a killed one is noticed only when the statement it runs has ended).
+_LIMITS = (
+    "set_config('idle_in_transaction_session_timeout', :idle, true),"
+    " set_config('client_connection_check_interval', '1000', true)"
+)
+_SET = text(f"select {_LIMITS}")
+_SET_ALL = text(f"select {_LIMITS}, set_config('transaction_timeout', :total, true)")
+_LOCK = text(
+    "select lsn, ordinal, arrived_lsn, arrived_ordinal, holding from tailrace.lanes"
+    " where handler = :handler and lane = :lane for update nowait"
+)
+_SOURCE = text("select generation, floor_lsn, floor_ordinal, lanes, history from tailrace.source")
+_MOVE = text(
+    "update tailrace.lanes set lsn = :lsn, ordinal = :ordinal,"
+    " arrived_lsn = case when lsn = :lsn and ordinal = :ordinal then arrived_lsn end,"
+    " arrived_ordinal = case when lsn = :lsn and ordinal = :ordinal then arrived_ordinal end,"
+    " applied = applied + :applied, holding = holding + :holding, moved_at = clock_timestamp()"
+    " where handler = :handler and lane = :lane"
+)
+_ARRIVE = text(
+    "update tailrace.lanes set arrived_lsn = :lsn, arrived_ordinal = :ordinal"
+    " where handler = :handler and lane = :lane"
+)
+
+
+async def lock(session: AsyncSession, lane: Lane, limits: Limits) -> LaneRow | None:
+    """Begin a drain's transaction: set its limits, take the lane's row.
+
+    Returns None where the lane is unknown. Nothing may be read before this and used after it: the
+    transaction is READ COMMITTED, so what is read after the lock is what the last holder left.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: with SQLSTATE 55P03 where somebody else holds the row.
+    """
+    connection = await session.connection()
+    if limits.total_ms:
+        await connection.execute(_SET_ALL, {"idle": str(limits.idle_ms), "total": str(limits.total_ms)})
+    else:
+        await connection.execute(_SET, {"idle": str(limits.idle_ms)})
+    return await _locked(connection, lane)
+
+
+async def lock_others(session: AsyncSession, handler: str, lanes: Sequence[int]) -> dict[int, LaneRow]:
+    """Take the rows of further lanes, in lane order, without waiting."""
+    connection = await session.connection()
+    rows: dict[int, LaneRow] = {}
+    for number in sorted(lanes):
+        row = await _locked(connection, Lane(handler, number))
+        if row is not None:
+            rows[number] = row
+    return rows
+
+
+async def _locked(connection: AsyncConnection, lane: Lane) -> LaneRow | None:
+    found = (await connection.execute(_LOCK, {"handler": lane.handler, "lane": lane.number})).one_or_none()
+    if found is None:
+        return None
+    arrived = None if found[2] is None else Position(found[2], found[3])
+    return LaneRow(Position(found[0], found[1]), arrived, found[4])
+
+
+async def read_source(connection: AsyncConnection | AsyncSession) -> SourceRow:
+    """Read the generation in force."""
+    row = (await connection.execute(_SOURCE)).one()
+    return SourceRow(row[0], Position(row[1], row[2]), row[3], row[4])
+
+
+async def move(
+    session: AsyncSession, lanes: Iterable[Lane], to: Position, *, applied: int = 0, holding: int = 0
+) -> None:
+    """Move lanes to a position; the counters go to the first of them, `holding` to all."""
+    connection = await session.connection()
+    for lane in lanes:
+        parameters = {
+            "handler": lane.handler,
+            "lane": lane.number,
+            "lsn": to.lsn,
+            "ordinal": to.ordinal,
+            "applied": applied,
+            "holding": holding,
+        }
+        await connection.execute(_MOVE, parameters)
+        applied = 0
+
+
+async def arrive(session: AsyncSession, lane: Lane, at: Position) -> None:
+    """Note that a lane has reached a change that belongs to other lanes too, and waits for them."""
+    connection = await session.connection()
+    await connection.execute(
+        _ARRIVE, {"handler": lane.handler, "lane": lane.number, "lsn": at.lsn, "ordinal": at.ordinal}
+    )
+
+
+async def greatest(connection: AsyncConnection) -> Position:
+    """Find the highest position that any lane has reached."""
+    row = (
+        await connection.execute(
+            text("select lsn, ordinal from tailrace.lanes order by lsn desc, ordinal desc limit 1")
+        )
+    ).one_or_none()
+    return Position(row[0], row[1]) if row else Position(0, 0)
+
+
+async def release_hold(session: AsyncSession, lane: Lane) -> None:
+    """Note that a held change that concerned this lane too need not wait any longer."""
+    connection = await session.connection()
+    await connection.execute(
+        text("update tailrace.lanes set holding = holding - 1 where handler = :handler and lane = :lane"),
+        {"handler": lane.handler, "lane": lane.number},
+    )

@@ -1,0 +1,164 @@
+"""arq's Redis client, made patient.
+
+arq's worker ends when Redis is away for a moment, and looks for jobs twice a second. This client waits for
+Redis instead of failing, and lets arq's poll wait for a wake-up. Nothing here knows of lanes or handlers.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import structlog
+from arq.connections import ArqRedis
+from redis.asyncio.client import Pipeline
+from redis.asyncio.connection import ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import (
+    BusyLoadingError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    WatchError,
+)
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
+
+log = structlog.get_logger(__name__)
+
+IDLE_POLL_SECONDS = 0.5
+"""arq's own default: how long a poll waits when nothing rings."""
+AWAY = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError)
+REFUSING = (OutOfMemoryError, ReadOnlyError)
+MOST_WAIT_SECONDS = 2.0
+
+
+def connection_pool(url: str, *, retries: int = 3) -> "ConnectionPool":
+    """Make a pool of connections to Redis.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`.
+        retries: attempts after a lost connection before the command fails.
+    """
+    return ConnectionPool.from_url(
+        url,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
+        retry_on_error=[RedisConnectionError, RedisTimeoutError],
+        socket_connect_timeout=5,
+        socket_timeout=10,
+        socket_keepalive=True,
+        health_check_interval=15,
+    )
+
+
+def encode_job(value: dict[str, Any]) -> bytes:
+    """Write an arq job as JSON: a queue that others can write to must not hold pickles."""
+    return msgspec.json.encode(value, enc_hook=str)
+
+
+def decode_job(value: bytes) -> dict[str, Any]:
+    """Read an arq job."""
+    decoded: dict[str, Any] = msgspec.json.decode(value)
+    return decoded
+
+
+class _PatientPipeline(Pipeline):
+    """A transaction that outlives a lost connection.
+
+    What it has read and watched is read and watched again; a lost EXEC counts as a lost race, because nobody
+    knows what became of it. Both of arq's transactions take that in their stride.
+    """
+
+    patience: "PatientRedis"
+
+    async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
+        while True:
+            try:
+                return await super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call] # redis-py's own
+            except (*AWAY, WatchError, *REFUSING) as error:
+                await self.patience.hold_on(error)
+                await self.reset()  # type: ignore[no-untyped-call] # as above
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT001, FBT002 - as redis-py has it
+        watching = self.watching
+        commands = list(self.command_stack)
+        while True:
+            try:
+                return await super().execute(raise_on_error)
+            except (*AWAY, *REFUSING) as error:
+                await self.patience.hold_on(error)
+                if watching:
+                    raise WatchError("the connection was lost") from error
+                await self.reset()  # type: ignore[no-untyped-call] # as above
+                self.command_stack = commands[:]
+
+
+class PatientRedis(ArqRedis):
+    """What arq's worker talks to Redis through."""
+
+    def __init__(self, url: str, *, queue: str) -> None:
+        super().__init__(
+            connection_pool(url, retries=1),
+            job_serializer=encode_job,
+            job_deserializer=decode_job,
+            default_queue_name=queue,
+        )
+        self.rung: asyncio.Event | None = None
+        """Set when the queue may have a job; polls wait for it. None: they do not wait."""
+        self.stopping = False
+        self._told = False
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> _PatientPipeline:  # noqa: FBT001, FBT002 - as redis-py has it
+        """Make a pipeline that waits for Redis."""
+        pipe = _PatientPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+        pipe.patience = self
+        return pipe
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
+        """Run a command, waiting for Redis as long as it takes."""
+        return await self._patiently(lambda: super(PatientRedis, self).execute_command(*args, **options))  # type: ignore[no-untyped-call] # redis-py's own
+
+    async def zrangebyscore(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
+        """Look for jobs, as arq's poll does: at once where one is announced, else twice a second."""
+        if self.rung is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_POLL_SECONDS):
+                    await self.rung.wait()
+            self.rung.clear()
+        if self.stopping:
+            return []
+        return await super().zrangebyscore(*args, **options)
+
+    async def _patiently(self, command: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - as redis-py has it
+        while True:
+            try:
+                answer = await command()
+            except (*AWAY, *REFUSING) as error:
+                if self.stopping:
+                    return None
+                await self.hold_on(error)
+            else:
+                self._back()
+                return answer
+
+    async def hold_on(self, error: Exception) -> None:
+        """Wait a little because Redis is away or refuses; says so once."""
+        if self.stopping and isinstance(error, RedisError):
+            raise error
+        if not self._told:
+            log.warning(
+                "waiting for Redis", reason="REDIS_URL cannot be reached", error_class=type(error).__name__
+            )
+            self._told = True
+        await asyncio.sleep(MOST_WAIT_SECONDS / 4)
+
+    def _back(self) -> None:
+        if self._told:
+            log.info("Redis is back")
+            self._told = False

@@ -1,0 +1,269 @@
+"""The processes: opens their resources, owns their signals and deadlines, returns their exit codes.
+
+What they do between opening and closing is in listener.py and jobs.py.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+import uvloop
+from redis.asyncio import Redis
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from config.logging import configure_logging
+from config.settings import Settings
+from worker import loader
+from worker.database import explain, is_away, make_engine, wait_until_up
+from worker.errors import ConfigurationError
+from worker.jobs import announce
+from worker.lanes import Lane
+from worker.listener import Listener
+from worker.queue import PatientRedis, connection_pool
+from worker.web import health_app, serve
+from worker.workshop import load_handlers
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+log = structlog.get_logger(__name__)
+
+ROOT = Path(__file__).parent.parent
+OWN_MIGRATIONS = ROOT / "migrations"
+EXAMPLE_MIGRATIONS = ROOT / "handlers" / "migrations"
+FORCE_SECONDS = 3.0
+
+
+def listen(settings: Settings) -> int:
+    """Run the listener until SIGTERM or SIGINT."""
+    configure_logging(settings)
+    return uvloop.run(_until_signal(_listen(settings), settings.drain_seconds))
+
+
+async def _listen(settings: Settings) -> None:
+    loader.load(settings.handlers)  # what is wrong with the code is told before any waiting
+    engine = make_engine(settings.database_url.get_secret_value(), name="tailrace listener", size=6)
+    redis: Redis = Redis(connection_pool=connection_pool(settings.redis_url.get_secret_value()))
+    arq = PatientRedis(settings.redis_url.get_secret_value(), queue=settings.queue)
+    waiting = Waiting()
+    try:
+        app = health_app(waiting)
+        async with serve(app, settings.health_host, settings.port) as served:
+            log.info("health of the listener", url=served.url)
+            await wait_until_up(engine, told=waiting.tell)
+            handlers, catalogue = await load_handlers(settings, engine)
+
+            async def enqueue(lane: Lane) -> None:
+                await announce(arq, settings.queue, lane)
+
+            listener = Listener(
+                settings,
+                engine=engine,
+                redis=redis,
+                handlers=handlers,
+                catalogue=catalogue,
+                enqueue=enqueue,
+            )
+            waiting.follow(listener)
+            await listener.run()
+    finally:
+        arq.stopping = True
+        await arq.aclose(close_connection_pool=True)
+        await redis.aclose(close_connection_pool=True)
+        await engine.dispose()
+
+
+class Waiting:
+    """Answers for the listener until there is one: probes must not be refused while Postgres is away."""
+
+    def __init__(self) -> None:
+        self._reason = "starting"
+        self._listener: Listener | None = None
+
+    def tell(self, reason: str) -> None:
+        """Note why there is no listener yet."""
+        self._reason = reason
+
+    def follow(self, listener: Listener) -> None:
+        """Let the listener answer from now on."""
+        self._listener = listener
+
+    def live(self) -> tuple[bool, list[str]]:
+        """Tell whether the process works."""
+        return self._listener.live() if self._listener else (True, [])
+
+    async def ready(self) -> tuple[bool, list[str]]:
+        """Tell whether the process can do its work."""
+        return await self._listener.ready() if self._listener else (False, [self._reason])
+
+    async def status(self) -> dict[str, object]:
+        """Tell everything that is known."""
+        if self._listener is None:
+            return {"ready": False, "reasons": [self._reason], "delivery": None, "handlers": {}}
+        return await self._listener.status()
+
+
+async def _until_signal(work: Coroutine[None, None, None], seconds: float) -> int:
+    """Run until the work ends or a signal asks for the end, which may take so many seconds."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(work)
+    stopping = False
+
+    def stop(number: signal.Signals) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            log.info("stopping", signal=number.name)
+            loop.call_later(seconds + FORCE_SECONDS, os._exit, 0)
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+    log.info("stopped")
+    return 0
+
+
+def work(settings: Settings) -> int:
+    """Run a worker, as the arq command does."""
+    del settings  # read again by the module, as for the arq command
+    from arq.worker import run_worker  # noqa: PLC0415 - only this command needs arq's worker
+
+    from worker.jobs import worker_settings  # noqa: PLC0415 - as above
+
+    run_worker(worker_settings())
+    return 0
+
+
+def run(settings: Settings) -> int:
+    """Run migrations, a listener and a worker, as one process tree; ends when either ends."""
+    configure_logging(settings)
+    code = migrate(settings, sql=False)
+    if code:
+        return code
+    return asyncio.run(
+        _supervise([[sys.executable, "-m", "worker", "listen"], arq_command()], settings.drain_seconds)
+    )
+
+
+def arq_command() -> list[str]:
+    """Give the command that starts a worker; arq's own script may lie anywhere, its module does not."""
+    return [sys.executable, "-m", "arq", "worker.jobs.WorkerSettings"]
+
+
+async def _supervise(commands: Sequence[Sequence[str]], seconds: float) -> int:
+    """Run commands side by side; when a signal comes or one ends, end them all. Returns the worst exit code."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    # In sessions of their own: Ctrl-C reaches this process alone, which passes it on in good order.
+    processes = [
+        await asyncio.create_subprocess_exec(*command, start_new_session=True) for command in commands
+    ]
+    waits = [asyncio.ensure_future(process.wait()) for process in processes]
+    signalled = asyncio.ensure_future(ended.wait())
+    await asyncio.wait([signalled, *waits], return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    codes = [process.returncode for process in processes if process.returncode is not None]
+    for process in processes:
+        if process.returncode is None:
+            process.terminate()
+    _, late = await asyncio.wait(waits, timeout=seconds + 2 * FORCE_SECONDS)
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+    if late:
+        await asyncio.wait(waits)
+    return max((abs(code) for code in codes), default=0)
+
+
+def migrate(settings: Settings, sql: bool = False) -> int:  # noqa: FBT001, FBT002 - as the command line has it
+    """Bring tailrace's own tables up to date, and the examples' where their handlers are served.
+
+    Args:
+        settings: where the database is.
+        sql: print the SQL instead of running it.
+    """
+    configure_logging(settings)
+    if sql:
+        import alembic.command  # noqa: PLC0415 - its import costs the other processes a quarter of a second
+
+        alembic.command.upgrade(_config(OWN_MIGRATIONS), "head", sql=True)
+        return 0
+    try:
+        return asyncio.run(_migrate(settings))
+    except (DBAPIError, OSError) as error:
+        if not is_away(error) and not isinstance(error, DBAPIError):
+            raise
+        raise ConfigurationError([f"{explain(error)}: nothing was migrated"]) from error
+
+
+async def _migrate(settings: Settings) -> int:
+    engine = make_engine(settings.database_url.get_secret_value(), name="tailrace migrate", size=1)
+    try:
+        await _upgrade(engine, settings)
+    finally:
+        await engine.dispose()
+    return 0
+
+
+async def _upgrade(engine: AsyncEngine, settings: Settings) -> None:
+    async with engine.begin() as connection:
+        # Two releases at once: the second waits, and finds nothing left to do.
+        await connection.execute(text("select pg_advisory_xact_lock(hashtext('tailrace.migrate'))"))
+        await connection.execute(text("create schema if not exists tailrace"))
+        await connection.run_sync(_run_alembic, OWN_MIGRATIONS)
+        await _publish_canary(connection, settings.publication)
+    if "handlers" in settings.handlers and EXAMPLE_MIGRATIONS.is_dir():
+        async with engine.begin() as connection:
+            await connection.run_sync(_run_alembic, EXAMPLE_MIGRATIONS)
+
+
+async def _publish_canary(connection: AsyncConnection, publication: str) -> None:
+    """Put the canary into the publication: it must come back by every path."""
+    row = (
+        await connection.execute(
+            text(
+                "select p.puballtables, exists (select from pg_publication_tables t where t.pubname = p.pubname"
+                " and t.schemaname = 'tailrace' and t.tablename = 'canary')"
+                " from pg_publication p where p.pubname = :name"
+            ),
+            {"name": publication},
+        )
+    ).one_or_none()
+    quoted = '"' + publication.replace('"', '""') + '"'
+    if row is None:
+        await connection.execute(text(f"create publication {quoted} for table tailrace.canary"))
+    elif not row[0] and not row[1]:
+        await connection.execute(text(f"alter publication {quoted} add table tailrace.canary"))
+
+
+def _config(folder: Path) -> "Config":
+    from alembic.config import Config  # noqa: PLC0415 - as in migrate
+
+    config = Config()
+    config.set_main_option("script_location", str(folder))
+    return config
+
+
+def _run_alembic(connection: Connection, folder: Path) -> None:
+    import alembic.command  # noqa: PLC0415 - as in migrate
+
+    config = _config(folder)
+    config.attributes["connection"] = connection
+    alembic.command.upgrade(config, "head")
+
+
+__all__ = ["arq_command", "listen", "migrate", "run", "work"]

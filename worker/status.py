@@ -1,0 +1,134 @@
+"""The state as Postgres and Redis have it: what `/status` and `python -m worker status` show.
+
+Reads only. What just one process knows (is the socket up, is it ready) is added by that process.
+"""
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from config.settings import Settings
+from worker import lease
+from worker.change import Position
+from worker.database import make_engine
+from worker.lanes import Backlog, Lane, Lanes, by_handler
+from worker.queue import connection_pool
+
+_HANDLERS = text(
+    "select h.name, h.state, h.filtered, coalesce(sum(l.applied), 0)::bigint"
+    " from tailrace.handlers h left join tailrace.lanes l on l.handler = h.name group by h.name order by h.name"
+)
+_HELD = text(
+    "select handler, status, sum(changes)::bigint, min(first_failed_at) from tailrace.held group by handler, status"
+)
+_GAPS = text(
+    "select id, since, until, cause, tables, state from tailrace.gaps where state = 'open' order by id desc limit 50"
+)
+_BACKFILLS = text(
+    "select id, handler, schema_name || '.' || table_name, state, keys, asked_at from tailrace.backfills"
+    " where state <> 'done' order by id limit 50"
+)
+
+
+async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
+    """Read the state.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError, OSError: Postgres is away.
+    """
+    async with engine.connect() as connection:
+        row = (await connection.execute(text("select delivery, generation from tailrace.source"))).one()
+        handlers = await _handlers(connection)
+        gaps = [dict(found) for found in (await connection.execute(_GAPS)).mappings()]
+        backfills = [
+            dict(zip(("id", "handler", "table", "state", "keys", "asked_at"), found, strict=True))
+            for found in await connection.execute(_BACKFILLS)
+        ]
+        active = await lease.holder(connection)
+    workers = await _from_redis(lanes, row[1], handlers)
+    return {
+        "delivery": row[0],
+        "reason": "plain delivery: Realtime's payloads",
+        "ready": False,
+        "reasons": [],
+        "version": version("tailrace"),
+        "listener": active.name if active else None,
+        "handlers": handlers,
+        "realtime": {
+            "connected": None,
+            "subscribed": None,
+            "missed": None,
+            "extra": None,
+            "lag_seconds": None,
+        },
+        "slot": None,
+        "gaps": gaps,
+        "workers": workers,
+        "backfills": backfills,
+    }
+
+
+async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
+    handlers: dict[str, dict[str, Any]] = {}
+    for name, state, filtered, applied in await connection.execute(_HANDLERS):
+        handlers[name] = {
+            "state": state,
+            "read": filtered + applied,
+            "filtered": filtered,
+            "applied": applied,
+            "held": 0,
+            "parked": 0,
+            "dead": 0,
+            "queued": 0,
+            "lag_seconds": 0.0,
+            "paused": False,
+        }
+    for name, state, changes, _ in await connection.execute(_HELD):
+        field = {"retrying": "held", "parked": "parked", "dead": "dead"}[state]
+        handlers[name][field] = changes
+        handlers[name]["read"] += changes
+    return handlers
+
+
+async def _from_redis(lanes: Lanes, generation: str | None, handlers: dict[str, dict[str, Any]]) -> list[str]:
+    """Add what is queued, and how old the oldest of it is; returns the living workers."""
+    if generation is None:
+        return []
+    try:
+        tops = await lanes.tops(generation)
+        passed = await lanes.passed(generation)
+        queued: dict[Lane, Backlog] = {}
+        for lane, top in tops.items():
+            done = passed.get(lane, Backlog(0, 0))
+            if top.entries > done.entries:
+                queued[lane] = Backlog(top.entries - done.entries, top.size - done.size)
+        for name, backlog in by_handler(queued).items():
+            if name in handlers:
+                handlers[name]["queued"] = backlog.entries
+                handlers[name]["read"] += backlog.entries
+        for lane in queued:
+            oldest = await lanes.read(generation, lane, Position(0, 0), 1)
+            if oldest and lane.handler in handlers:
+                waited = max(0.0, time.time() - oldest[0].entry.at)
+                handlers[lane.handler]["lag_seconds"] = max(handlers[lane.handler]["lag_seconds"], waited)
+        return await lanes.workers()
+    except (RedisError, OSError):
+        for handler in handlers.values():
+            handler["queued"] = None
+        return []
+
+
+async def read_status(settings: Settings) -> dict[str, Any]:
+    """Read the state for a command, over connections of its own."""
+    engine = make_engine(settings.database_url.get_secret_value(), name="tailrace status", size=1)
+    redis: Redis = Redis(connection_pool=connection_pool(settings.redis_url.get_secret_value(), retries=0))
+    try:
+        return await read(engine, Lanes(redis, settings.queue))
+    finally:
+        await redis.aclose(close_connection_pool=True)
+        await engine.dispose()

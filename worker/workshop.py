@@ -1,0 +1,191 @@
+"""What a worker process needs to drain lanes, opened together: engine, Redis, handlers, catalogue, health.
+
+Knows nothing of arq; jobs.py puts it under arq's worker, tests put it into their own loop.
+"""
+
+import asyncio
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Self
+
+import structlog
+from redis.asyncio import Redis
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+from supabase import AsyncClient
+
+from config.settings import Settings
+from worker import loader
+from worker.calls import Caller
+from worker.catalogue import Catalogue, read_catalogue
+from worker.change import Context
+from worker.database import make_engine, wait_until_up
+from worker.drain import Drain, make_limits
+from worker.draining import SWEEP_SECONDS, Draining, Enqueue
+from worker.errors import ConfigurationError
+from worker.items import Decoder
+from worker.lanes import Lanes
+from worker.queue import connection_pool
+from worker.registry import Handler
+from worker.retries import Backoff
+from worker.supabase import SupabaseClients
+from worker.web import health_app, serve
+
+log = structlog.get_logger(__name__)
+
+AT_ONCE = 8
+"""Lanes drained at the same time by one process, each on a connection of its own: one core has no use for more."""
+DEAF_SECONDS = 10 * SWEEP_SECONDS
+
+
+async def load_handlers(settings: Settings, engine: AsyncEngine) -> tuple[tuple[Handler, ...], Catalogue]:
+    """Load the handlers and hold them against the database.
+
+    Raises:
+        ConfigurationError: with everything that does not fit.
+    """
+    handlers = loader.load(settings.handlers)
+    tables = {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
+    async with engine.connect() as connection:
+        catalogue = await read_catalogue(connection, settings.publication, tables)
+    problems = loader.validate(handlers, catalogue, "plain", publication=settings.publication)
+    if problems:
+        raise ConfigurationError(problems)
+    return handlers, catalogue
+
+
+class Workshop:
+    """An open worker: its drains, and the tasks that keep them going."""
+
+    def __init__(
+        self, settings: Settings, engine: AsyncEngine, draining: Draining, handlers: Sequence[Handler]
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self.draining = draining
+        self.handlers = handlers
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings, enqueue: Enqueue) -> AsyncIterator[Self]:
+        """Open everything; waits for Postgres.
+
+        Raises:
+            ConfigurationError: the handlers are wrong, or do not fit the database.
+        """
+        engine = make_engine(
+            settings.database_url.get_secret_value(), name="tailrace worker", size=AT_ONCE + 2
+        )
+        redis: Redis = Redis(connection_pool=connection_pool(settings.redis_url.get_secret_value()))
+        clients = SupabaseClients(settings)
+        try:
+            loader.load(settings.handlers)  # what is wrong with the code is told before any waiting
+            await wait_until_up(engine)
+            handlers, catalogue = await load_handlers(settings, engine)
+            draining = Draining(
+                name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
+                engine=engine,
+                lanes=Lanes(redis, settings.queue),
+                drains=await _drains(settings, engine, redis, handlers, catalogue, clients),
+                enqueue=enqueue,
+                at_once=AT_ONCE,
+            )
+            yield cls(settings, engine, draining, handlers)
+            await draining.leave()
+        finally:
+            await clients.close()
+            await redis.aclose(close_connection_pool=True)
+            await engine.dispose()
+
+    def tasks(self) -> list[tuple[Coroutine[Any, Any, None], str]]:
+        """List what must run beside the jobs, for ever, each with its name."""
+        tasks = [
+            (self.draining.live(), "worker: live"),
+            (self.draining.listen(), "worker: bells"),
+            (self.draining.sweep(), "worker: sweep"),
+        ]
+        if self._settings.health_port is not None:
+            tasks.append((self._serve_health(self._settings.health_port), "worker: health"))
+        return tasks
+
+    async def _serve_health(self, port: int) -> None:
+        app = health_app(self)
+        async with serve(app, self._settings.health_host, port, setting="WORKER_HEALTH_PORT") as served:
+            log.info("health of the worker", url=served.url)
+            await asyncio.Event().wait()
+
+    def live(self) -> tuple[bool, list[str]]:
+        """Tell whether the worker's loop turns; that it answers says so."""
+        return True, []
+
+    async def ready(self) -> tuple[bool, list[str]]:
+        """Tell whether the worker reaches Postgres and Redis: whether its sweep has lately been round."""
+        silent = time.time() - self.draining.swept_at
+        if self.draining.stopping.is_set():
+            return False, ["stopping"]
+        if silent > DEAF_SECONDS:
+            return False, ["Postgres or Redis cannot be reached: see the log"]
+        return True, []
+
+    async def status(self) -> dict[str, Any]:
+        """Tell what this worker has done."""
+        ready, reasons = await self.ready()
+        return {
+            "worker": self.draining.name,
+            "ready": ready,
+            "reasons": reasons,
+            "handlers": [handler.name for handler in self.handlers],
+            "applied": self.draining.applied,
+            "lag_seconds": self.draining.lag_seconds,
+        }
+
+
+async def _drains(
+    settings: Settings,
+    engine: AsyncEngine,
+    redis: Redis,
+    handlers: Sequence[Handler],
+    catalogue: Catalogue,
+    clients: SupabaseClients,
+) -> dict[str, Drain]:
+    async with engine.connect() as connection:
+        version = int((await connection.execute(text("show server_version_num"))).scalar_one())
+    limits = make_limits({handler.name: handler for handler in handlers}, settings.handler_timeout, version)
+    lanes = Lanes(redis, settings.queue)
+    drains = {}
+    for handler in handlers:
+        backoff = Backoff(
+            settings.backoff_seconds if handler.backoff is None else handler.backoff,
+            settings.backoff_max_seconds if handler.backoff_max is None else handler.backoff_max,
+        )
+        caller = Caller(
+            handler,
+            timeout=handler.timeout or settings.handler_timeout,
+            backoff=backoff,
+            context=_contexts(handler, redis, clients),
+        )
+        drains[handler.name] = Drain(
+            engine=engine,
+            lanes=lanes,
+            caller=caller,
+            decoder=Decoder(handler, catalogue),
+            limits=limits,
+            batch=settings.batch,
+        )
+    return drains
+
+
+def _contexts(handler: Handler, redis: Redis, clients: SupabaseClients) -> Any:  # noqa: ANN401 - a function from key to context
+    logger = structlog.get_logger(handler.function.__module__).bind(handler=handler.name)
+
+    def make(idempotency_key: str | None) -> Context:
+        return Context(redis, logger, idempotency_key, clients.get)
+
+    return make
+
+
+__all__ = ["AsyncClient", "Workshop", "load_handlers"]
