@@ -25,7 +25,14 @@ __all__ = ["ChangeFeed", "Delivery"]
 
 log = structlog.get_logger(__name__)
 
-_CONNECTION_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+# asyncpg may be in the midst of its protocol when the connection goes: an internal error then.
+_CONNECTION_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 _CHANGES_PER_POLL = 10_000
 _CHANGES_PER_DELIVERY = 500
 # From so many messages on, a poll is followed by the next without a pause.
@@ -106,10 +113,15 @@ class ChangeFeed:
                     self._live.set()
                     failures = 0
                     await self._poll(slot, work, name)
-            except _CONNECTION_ERRORS as error:
+            except Exception as error:  # noqa: BLE001 - this loop only survives; what is unknown is told whole
                 delay = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
                 self.gaps += self._live.is_set()
-                log.warning("change feed interrupted", reason=_brief(error), retry_in_seconds=delay)
+                log.warning(
+                    "change feed interrupted",
+                    reason=_brief(error),
+                    retry_in_seconds=delay,
+                    exc_info=not isinstance(error, _CONNECTION_ERRORS),
+                )
                 failures += 1
                 self._live.clear()
                 await asyncio.sleep(delay)
@@ -151,12 +163,27 @@ class ChangeFeed:
 
     async def _distribute(self, work: asyncpg.Connection, changes: Iterator[RowChange]) -> None:
         while chunk := list(islice(changes, _CHANGES_PER_DELIVERY)):
-            deliveries = await self._distribution.deliveries(work, chunk)
+            deliveries = await self._deliveries(work, chunk)
             if deliveries:
                 await self._deliver(deliveries)
             else:
                 # Decoding alone must not hold up everything else on the loop.
                 await asyncio.sleep(0)
+
+    async def _deliveries(self, work: asyncpg.Connection, chunk: Sequence[RowChange]) -> list[Delivery]:
+        """Return the deliveries of a chunk, without the changes that cannot be distributed at all."""
+        try:
+            return await self._distribution.deliveries(work, chunk)
+        except Exception:
+            if work.is_closed():
+                raise
+            if len(chunk) == 1:
+                log.exception("change withheld", table=chunk[0].relation.name)
+                return []
+        deliveries: list[Delivery] = []
+        for change in chunk:
+            deliveries += await self._deliveries(work, [change])
+        return deliveries
 
     async def _refresh_snapshot(self, work: asyncpg.Connection, count: int) -> None:
         self._messages += count

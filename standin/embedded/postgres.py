@@ -44,7 +44,9 @@ _SETTINGS: dict[str, object] = {
     "log_timezone": "UTC",
     "password_encryption": "scram-sha-256",
 }
-_NOT_DURABLE: dict[str, object] = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+# Commits stay synchronous: logical decoding sees a change only when its log is written, which an
+# asynchronous commit leaves to a process that wakes up five times a second.
+_NOT_DURABLE: dict[str, object] = {"fsync": "off", "full_page_writes": "off"}
 
 
 class EmbeddedPostgres:
@@ -55,7 +57,7 @@ class EmbeddedPostgres:
         port: TCP port, or None for one that is free. It stays the same over restarts.
         settings: server settings beyond ours.
         durable: wait for the disk at each commit, so that commits survive the death of the machine.
-            Those of a killed server survive either way, except the last few when not durable.
+            The commits of a server that was killed survive either way.
     """
 
     def __init__(
