@@ -6,9 +6,7 @@ from typing import assert_type
 from sqlalchemy import column, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from worker.change import Change, Context
-from worker.errors import GiveUp, RetryLater
-from worker.registry import Handlers
+from worker import Change, Context, GiveUp, Handlers, RetryLater
 
 on = Handlers()
 

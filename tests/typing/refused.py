@@ -3,8 +3,7 @@
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from worker.change import Change, Context
-from worker.registry import Handlers
+from worker import Change, Context, Handlers
 
 on = Handlers()
 
