@@ -19,6 +19,7 @@ from config.settings import Settings, Tunables
 
 # Libraries that tell per job, request or frame what only their authors want to know. Their warnings pass.
 _QUIET = (
+    "alembic.runtime.plugins",
     "arq",
     "arq.connections",
     "arq.jobs",

@@ -107,7 +107,9 @@ def show_status(told: Mapping[str, Any], *, as_json: bool) -> None:
     console = _console()
     ready = "ready" if told.get("ready") else "not ready"
     style = _STYLES["ok" if told.get("ready") else "problem"]
-    console.print(Text(ready, style=style) + Text(f", {told.get('delivery', '?')} delivery"), soft_wrap=True)
+    console.print(
+        Text(ready, style=style) + Text(f", {told.get('delivery') or 'no'} delivery"), soft_wrap=True
+    )
     for reason in told.get("reasons", ()):
         console.print(Text(f"  {reason}"), soft_wrap=True)
     table = Table("handler", *_COUNTS)
