@@ -20,7 +20,8 @@ from worker.realtime.frames import (
 
 DATA = (
     '{"table":"t9","type":"UPDATE","record":{"id": 5137, "n": 0.1000, '
-    '"big": 123456789012345678901234567890.5, "ts": "2026-11-20T11:00:20.752061+00:00"},"columns":[{"name": "id", "type": "int8"}],"errors":null,'
+    '"big": 123456789012345678901234567890.5, "ts": "2026-11-20T11:00:20.752061+00:00"},'
+    '"columns":[{"name": "id", "type": "int8"}],"errors":null,'
     '"schema":"public","commit_timestamp":"2026-11-20T11:00:20.752Z","old_record":{"id": 5137}}'
 )
 

@@ -18,7 +18,7 @@ from worker.realtime.canary import Canary, Return, Written
 from worker.realtime.connection import tables_in_words
 from worker.realtime.continuity import Continuity
 from worker.realtime.frames import ChangeFrame, MalformedFrame
-from worker.realtime.subscription import Lost, Subscribed, Subscriptions, TableName
+from worker.realtime.subscription import Lost, Stage, Subscribed, Subscriptions, TableName
 from worker.realtime.timing import Timing
 from worker.source import Gap
 
@@ -75,8 +75,8 @@ class Ledger:
         self.now = now
         self.counts = Counts()
         self.is_connected = False
-        self.was_complete = False
-        """Whether the present or last socket got as far as having every table subscribed."""
+        self.worked = False
+        """Whether the last socket did what a socket is for, before it ended."""
         self.last_commit: tuple[str, datetime] | None = None
         """Commit timestamp of the last change, as it came, and the moment of its arrival."""
         self.refusals: dict[TableName, tuple[str, float]] = {}
@@ -86,10 +86,11 @@ class Ledger:
         self._withheld: dict[tuple[tuple[TableName, ...], str], _Withheld] = {}
         self._unproven = ""
         self._reported: dict[str, str] = {}
+        self._was_complete = False
 
     def connected(self, clock: float) -> None:
         """A socket is open; nothing is subscribed on it yet."""
-        self.is_connected, self.was_complete = True, False
+        self.is_connected, self._was_complete = True, False
         self.counts.connections += 1
         self.canary.reset()
         self.subscriptions.begin(clock)
@@ -97,6 +98,9 @@ class Ledger:
     def disconnected(self, cause: str) -> None:
         """The socket is gone, and with it every subscription."""
         self.is_connected = False
+        # Subscribed alone is not enough where a canary could have shown that it carries nothing.
+        proven = self.canary.last is not None or self.subscriptions.canary.stage is not Stage.SUBSCRIBED
+        self.worked = self._was_complete and proven
         self.subscriptions.end()
         self.canary.reset()
         self.continuity.lost(self._all(), cause)
@@ -121,8 +125,8 @@ class Ledger:
                 tables = tables_in_words(channel.tables)
                 log.warning("cannot subscribe, trying on", tables=tables, cause=channel.trouble)
             self._reported[topic] = channel.trouble
-        if subscriptions.complete and not self.was_complete:
-            self.was_complete = True
+        if subscriptions.complete and not self._was_complete:
+            self._was_complete = True
             log.info("subscribed", tables=len(self._all()), channels=len(subscriptions.channels))
 
     def change(self, frame: ChangeFrame, clock: float) -> None:
@@ -184,7 +188,7 @@ class Ledger:
     def _canary_back(self, returned: Return) -> None:
         self.counts.canaries += 1
         cause = "Realtime dropped changes: a canary did not come back, a later one did"
-        doubt = cause if returned.overtook else self._unproven
+        doubt = self._unproven or (cause if returned.overtook else "")
         if doubt:
             self._put(self.continuity.doubtful(self._all(), self.now(), doubt))
         self._unproven = ""
@@ -212,7 +216,12 @@ class Ledger:
     def _put(self, gaps: list[Gap]) -> None:
         self.counts.gaps += len(gaps)
         for gap in gaps:
-            log.warning("possible gap", since=gap.since, cause=gap.cause, tables=tables_in_words(gap.tables))
+            log.warning(
+                "possible gap",
+                since=None if gap.since is None else gap.since.isoformat(),
+                cause=gap.cause,
+                tables=tables_in_words(gap.tables),
+            )
             self.buffer.put_gap(gap)
 
     def _all(self) -> tuple[TableName, ...]:

@@ -181,7 +181,7 @@ class Session:
         # While changes flow, a canary may stand behind a long transaction; but not for ever.
         flowing = now - self._last_change < timing.canary / 3
         if silent > timing.canary * (4 if flowing else 1):
-            raise SessionOver(f"silent: a canary did not come back within {silent:.0f} s")
+            raise SessionOver("silent: a canary did not come back through Realtime")
         if now - self._opened > timing.renew:
             raise SessionOver("the connection was renewed, as is done before its token expires")
 

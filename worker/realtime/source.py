@@ -133,11 +133,11 @@ class RealtimeSource:
             except CannotConnect as error:
                 trouble, refused, worked = error.reason, error.refused, False
             except SessionOver as over:
-                trouble, worked = over.cause, ledger.was_complete
+                trouble, worked = over.cause, ledger.worked
             except Exception as error:
                 log.exception("unexpected error in the Realtime source")
                 trouble, worked = f"unexpected error ({type(error).__name__}): see the log", False
-            # A socket that had everything subscribed and went is news; the tenth failure in a row is not.
+            # A socket that worked and went is news; the tenth failure in a row is not.
             if worked or trouble != self._trouble:
                 log.warning("no connection to Realtime, trying on", cause=trouble)
             self._trouble = trouble

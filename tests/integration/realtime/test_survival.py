@@ -129,6 +129,20 @@ async def test_a_silent_subscription_is_found_and_replaced(phoenix: Phoenix, sta
     assert gap.since <= silent_since < gap.until
 
 
+async def test_a_server_that_stays_silent_is_asked_ever_more_rarely_and_reported_once(
+    phoenix: Phoenix, start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    phoenix.silent = True
+    async with start(canary=0.1) as reading:
+        await phoenix.until(lambda: phoenix.connections >= 4)
+        assert any("canary" in reason for reason in reading.source.health().reasons) or (
+            "silent" in reading.source.health().reasons[0]
+        )
+        phoenix.silent = False
+        await reading.ready()
+    assert "".join(capfd.readouterr()).count("no connection to Realtime") == 1
+
+
 async def test_joined_but_not_subscribed_is_joined_again(phoenix: Phoenix, start: Start) -> None:
     phoenix.acknowledge = False
     async with start() as reading:
