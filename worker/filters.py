@@ -10,14 +10,12 @@ Where this differs from Postgres:
 
 * Text is ordered by code point, as collation "C" does, whatever the column's collation.
 * `match` and `imatch` use Python's regular expressions, unanchored, with `.` matching newlines as in
-Postgres.
-  POSIX classes (`[[:alpha:]]`) and Postgres's own escapes are refused, or mean something else.
+  Postgres. POSIX classes (`[[:alpha:]]`) and Postgres's own escapes are refused, or mean something else.
 * `ilike` and `imatch` fold case by Unicode, whatever the locale.
 * Ordering (lt, lte, gt, gte) of enums, arrays, json and network addresses is refused, and so are all
   comparisons of types that only Postgres reads (ranges, geometry, composites): test those in the handler.
 * Moments are constants: not `now` or `yesterday`; without a zone they are UTC. Years that Python does not
-know
-  sort before or after all others, by their text among each other.
+  know sort before or after all others, by their text among each other.
 """
 
 import datetime as dt

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.catalogue import ColumnInfo, Table, quote
-from worker.values.database import is_data_error, plain
+from worker.values.database import is_data_error, plain, printed
 from worker.values.decoding import decoder
 from worker.values.scalars import JSONS, parse_json
 
@@ -95,7 +95,7 @@ def _selected(column: ColumnInfo, *, as_text: bool) -> str:
     name = f"t.{plain(quote(column.name))}"
     if column.value_type == "hstore":
         return f"cast(pg_catalog.to_jsonb({name}) as text)"
-    return f"cast({name} as text)" if as_text else name
+    return printed(name) if as_text else name
 
 
 def _reader(column: ColumnInfo, *, as_text: bool) -> Callable[[Any], Any] | None:

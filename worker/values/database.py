@@ -89,6 +89,12 @@ def plain(name: str) -> str:
     return name.replace(":", "\\:")
 
 
+def printed(value: str) -> str:
+    """Give the expression for a value's text as Postgres prints it; a cast differs for char(n) and inet."""
+    # num_nonnulls, because IS NULL is true of a composite whose fields are all NULL.
+    return f"case pg_catalog.num_nonnulls({value}) when 1 then pg_catalog.format('%s', {value}) end"
+
+
 def _statement(casts: Sequence[str], form: Form, *, as_text: bool = False) -> str:
     # jsonb_to_recordset converts json by the target's type: arrays and composites too. Postgres's text output
     # it would take for json, so that form is cast after it.
@@ -98,7 +104,7 @@ def _statement(casts: Sequence[str], form: Form, *, as_text: bool = False) -> st
     )
     selected = ", ".join(f"cast(c{place} as {name})" for place, name in enumerate(names))
     if as_text:
-        selected = ", ".join(f"cast(cast(c{place} as {name}) as text)" for place, name in enumerate(names))
+        selected = ", ".join(printed(f"cast(c{place} as {name})") for place, name in enumerate(names))
     return (
         f"select i, {selected} "  # noqa: S608 - names of types, quoted
         f"from pg_catalog.jsonb_to_recordset(cast(:document as pg_catalog.jsonb)) as v (i int, {definition})"

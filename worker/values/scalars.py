@@ -142,7 +142,9 @@ def parse_interval(text: str) -> dt.timedelta | str:
 
 def parse_inet(text: str) -> Value:
     """Read an address, or an interface where it has a netmask."""
-    return ipaddress.ip_interface(text) if "/" in text else ipaddress.ip_address(text)
+    interface = ipaddress.ip_interface(text)
+    # 10.0.0.1/32 is how a cast to text writes the address alone.
+    return interface.ip if interface.network.prefixlen == interface.max_prefixlen else interface
 
 
 _SPECIAL: Final[dict[str, Parser]] = {
