@@ -113,7 +113,8 @@ class ChangeFeed:
                     self._live.set()
                     failures = 0
                     await self._poll(slot, work, name)
-            except Exception as error:  # noqa: BLE001 - this loop only survives; what is unknown is told whole
+            except Exception as error:
+                # This loop only survives; what is unknown is told with its traceback.
                 delay = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
                 self.gaps += self._live.is_set()
                 log.warning(

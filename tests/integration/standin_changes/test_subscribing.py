@@ -80,7 +80,8 @@ async def test_filters(watch: Any, db: Any, filter_text: str, ids: list[int]) ->
             Binding("*", "public", "flt", "k=eq.abc", None),
             CHECK + '[event: *, schema: public, table: flt, filters: [{"k", "eq", "abc", false}], '
             "select: nil]. "
-            'Exception: ERROR 22P02 (invalid_text_representation) invalid input syntax for type integer: "abc"',
+            "Exception: ERROR 22P02 (invalid_text_representation) "
+            'invalid input syntax for type integer: "abc"',
         ),
         (
             Binding("*", "public", "flt", "name=match.(", None),
