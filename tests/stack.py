@@ -1,0 +1,289 @@
+"""A Supabase project of a test's own, and tailrace's processes on it, all real.
+
+Databases are cloned from a template with tailrace's tables in it; queues have names of their own, so that one
+Postgres and one Redis serve all tests that do not kill them. Log lines of the processes are the signals that
+tests wait for.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import asyncpg
+import httpx
+
+from config.settings import Settings
+from standin import Behaviour, Standin
+from standin.embedded import EmbeddedPostgres, EmbeddedRedis, bootstrap_supabase
+
+ROOT = Path(__file__).parent.parent
+SECRET = "the secret of these tests, long enough for HS256"
+DEADLINE_SECONDS = 60.0
+_TEMPLATE = "tailrace_template"
+_numbers = itertools.count(1)
+_template_made: set[int] = set()
+
+
+@dataclass
+class Servers:
+    """One Postgres and one Redis."""
+
+    postgres: EmbeddedPostgres
+    redis: EmbeddedRedis
+
+
+@asynccontextmanager
+async def servers(folder: Path, **postgres: object) -> AsyncIterator[Servers]:
+    """Run both."""
+    async with (
+        EmbeddedPostgres(folder / "postgres", settings=postgres) as database,
+        EmbeddedRedis(folder / "redis") as redis,
+    ):
+        yield Servers(database, redis)
+
+
+class Process:
+    """One of tailrace's processes: its log lines, its end."""
+
+    def __init__(self, process: asyncio.subprocess.Process, name: str) -> None:
+        self.process = process
+        self.name = name
+        self.lines: list[dict[str, Any]] = []
+        self._news = asyncio.Condition()
+        self._reader = asyncio.create_task(self._read(), name=f"test: log of {name}")
+
+    @classmethod
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str], name: str) -> Self:
+        """Start a command with exactly this environment."""
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=ROOT,
+            env=dict(environment),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            limit=2**20,
+        )
+        return cls(process, name)
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        async for raw in self.process.stderr:
+            text = raw.decode(errors="replace").rstrip()
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = {"event": text}
+            async with self._news:
+                self.lines.append(line if isinstance(line, dict) else {"event": text})
+                self._news.notify_all()
+        async with self._news:
+            self._news.notify_all()
+
+    async def said(self, event: str, *, times: int = 1, seconds: float = DEADLINE_SECONDS) -> dict[str, Any]:
+        """Wait until a line with this event has been logged so many times; returns the last of them."""
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.lines if event in str(line.get("event", ""))]
+
+        async with asyncio.timeout(seconds), self._news:
+            await self._news.wait_for(lambda: len(found()) >= times or self._reader.done())
+        assert len(found()) >= times, f"{self.name} ended without saying {event!r}: {self.lines[-15:]}"
+        return found()[times - 1]
+
+    async def ended(self, seconds: float = DEADLINE_SECONDS) -> int:
+        """Wait for its end; returns the exit code."""
+        async with asyncio.timeout(seconds):
+            code = await self.process.wait()
+            await self._reader
+        return code
+
+    async def terminate(self) -> int:
+        """Send SIGTERM and wait; returns the exit code."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        return await self.ended()
+
+    async def kill(self) -> None:
+        """Send SIGKILL."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        await self.ended()
+
+    @property
+    def text(self) -> str:
+        """All it has logged."""
+        return "\n".join(json.dumps(line) for line in self.lines)
+
+
+@dataclass
+class Project:
+    """A project with its own database and stand-in."""
+
+    servers: Servers
+    database_url: str
+    standin: Standin
+    db: asyncpg.Connection
+    environment: dict[str, str]
+    processes: list[Process] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that its processes read."""
+        names = {name: value for name, value in self.environment.items() if name.isupper()}
+        with _environment(names):
+            return Settings(_env_file=None)  # type: ignore[call-arg] # as config.settings does
+
+    async def start(self, *command: str, name: str, **environment: str) -> Process:
+        """Start a process of the project."""
+        process = await Process.start(command, self.environment | environment, name)
+        self.processes.append(process)
+        return process
+
+    async def listener(self, *, wait: bool = True, **environment: str) -> Process:
+        """Start a listener; by default wait until it is subscribed."""
+        process = await self.start(sys.executable, "-m", "worker", "listen", name="listener", **environment)
+        if wait:
+            await process.said("subscribed")
+        return process
+
+    async def worker(self, *, wait: bool = True, **environment: str) -> Process:
+        """Start a worker by the arq command; by default wait until it works."""
+        command = [sys.executable, "-m", "arq", "worker.jobs.WorkerSettings"]
+        process = await self.start(*command, name="worker", **environment)
+        if wait:
+            await process.said("working")
+        return process
+
+    async def run(self, *command: str, **environment: str) -> tuple[int, str]:
+        """Run `python -m worker …` to its end; returns exit code and what it printed to both."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "worker",
+            *command,
+            cwd=ROOT,
+            env=self.environment | environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            output, _ = await process.communicate()
+        return process.returncode or 0, output.decode()
+
+    async def get(self, listener: Process, path: str) -> httpx.Response:
+        """Ask a process over HTTP."""
+        said = await listener.said("health of the")
+        async with httpx.AsyncClient() as client:
+            return await client.get(f"{said['url']}{path}", timeout=10)
+
+    async def until(self, query: str, value: object, seconds: float = DEADLINE_SECONDS) -> None:
+        """Wait until a query gives a value: commits of other processes send no signal."""
+        deadline = time.monotonic() + seconds
+        while (found := await self.db.fetchval(query)) != value:
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"{one.name}: {one.lines[-5:]}" for one in self.processes)
+                raise AssertionError(f"{query} gives {found!r}, not {value!r}\n{logs}")
+            await asyncio.sleep(0.02)
+
+
+@contextlib.contextmanager
+def _environment(names: Mapping[str, str]) -> Any:
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+async def execute(url: str, statement: str) -> None:
+    """Run a statement on a connection of its own."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def _template(postgres: EmbeddedPostgres) -> None:
+    """Make the template once a server: an empty Supabase project with tailrace's tables."""
+    if id(postgres) in _template_made:
+        return
+    await execute(postgres.dsn(), f"create database {_TEMPLATE}")
+    url = postgres.dsn(_TEMPLATE)
+    await bootstrap_supabase(url)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "worker", "migrate", cwd=ROOT, env=_settings(url, "redis://127.0.0.1:1", "x", "y")
+    )
+    assert await process.wait() == 0
+    _template_made.add(id(postgres))
+
+
+def _settings(database_url: str, redis_url: str, supabase_url: str, handlers: str) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "SUPABASE_URL": supabase_url if "://" in supabase_url else "http://127.0.0.1:9",
+        "SUPABASE_SERVICE_ROLE_KEY": "sb_secret_of_nobody",
+        "DATABASE_URL": database_url,
+        "REDIS_URL": redis_url,
+        "HANDLERS": handlers,
+        "PORT": "0",
+        "WORKER_LOG_FORMAT": "json",
+        "WORKER_LOG_LEVEL": "info",
+        "WORKER_QUEUE": f"test{next(_numbers)}",
+        "WORKER_CANARY_SECONDS": "1",
+    }
+
+
+@asynccontextmanager
+async def project(
+    servers: Servers, tables: str, handlers: str, *, behaviour: Behaviour | None = None, **settings: str
+) -> AsyncIterator[Project]:
+    """Make a project.
+
+    Args:
+        servers: where.
+        tables: SQL that makes its tables; all of schema public are published, but those named `derived_…`.
+        handlers: value of HANDLERS.
+        behaviour: of the stand-in.
+        settings: further environment.
+    """
+    postgres = servers.postgres
+    await _template(postgres)
+    name = f"project_{next(_numbers)}"
+    await execute(postgres.dsn(), f"create database {name} template {_TEMPLATE}")
+    url = postgres.dsn(name)
+    db = await asyncpg.connect(url)
+    await db.execute(tables)
+    published = await db.fetch(
+        "select format('%I.%I', schemaname, tablename) from pg_tables"
+        " where schemaname = 'public' and tablename not like 'derived\\_%'"
+    )
+    for row in published:
+        await db.execute(f"alter publication supabase_realtime add table {row[0]}")
+    behaviour = behaviour or Behaviour(poll_interval=0.005)
+    async with Standin(url, jwt_secret=SECRET, behaviour=behaviour) as standin:
+        environment = _settings(url, servers.redis.url, standin.supabase_url, handlers)
+        environment |= {"SUPABASE_SERVICE_ROLE_KEY": standin.service_role_key} | settings
+        made = Project(servers, url, standin, db, environment)
+        try:
+            yield made
+        finally:
+            for process in reversed(made.processes):
+                await process.kill()
+            await db.close()
+    await execute(postgres.dsn(), f"drop database {name} with (force)")
