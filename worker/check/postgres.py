@@ -9,7 +9,6 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-import migrations
 from config.settings import Settings
 from worker.catalogue import Catalogue, Table, quote, read_catalogue
 from worker.check.findings import Finding
@@ -17,6 +16,7 @@ from worker.database import explain, make_engine
 from worker.loader import Delivery, validate
 from worker.registry import Handler
 
+_MIGRATIONS = Path(__file__).parents[2] / "migrations"
 _CANARY = ("tailrace", "canary")
 _MIGRATE = "run: python -m worker migrate"
 
@@ -68,7 +68,7 @@ async def _examine_server(connection: AsyncConnection) -> list[Finding]:
 
 
 async def _examine_migrations(connection: AsyncConnection) -> Finding:
-    script = ScriptDirectory(str(Path(migrations.__file__).parent))
+    script = ScriptDirectory(str(_MIGRATIONS))
     wanted = set(script.get_heads())
     present = await connection.scalar(text("select to_regclass('tailrace.migration') is not null"))
     if not present:
