@@ -5,6 +5,7 @@ pings included, while TCP stays open.
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,7 @@ from websockets.exceptions import ConnectionClosed
 from standin.server.frames import Version
 
 _FRAME_OVERHEAD = 200
-_LAGGING_BYTES = 8 * 1024 * 1024
-_PATIENCE = 0.25
+_PATIENCE = 2.0
 
 
 class Connection(ServerConnection):
@@ -81,6 +81,12 @@ class Connection(ServerConnection):
         for data in held:
             super().data_received(data)
 
+    async def pause(self, seconds: float) -> None:
+        """Wait before an answer, but not beyond the end of the connection."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.wait_closed()
+
     def cut(self) -> None:
         """End TCP at once, without a close frame: the client sees 1006."""
         self.transport.abort()
@@ -100,17 +106,14 @@ class Outbox:
         self._bytes = 0
         self._filled = asyncio.Event()
         self._eased = asyncio.Event()
-        self._given_up = False
+        self._patience = _PATIENCE
         self._overflowed = False
         self.sending_since: float | None = None
 
     @property
     def lagging(self) -> bool:
-        """Whether so much waits that the feed should pause for this client, once and shortly."""
-        if self._bytes < _LAGGING_BYTES:
-            self._given_up = False
-            return False
-        return not self._given_up and not self._overflowed
+        """Whether the feed should pause for this client: half its bound is used, and patience is left."""
+        return self._bytes > self._limit // 2 and self._patience > 0 and not self._overflowed
 
     def put(self, frame: bytes) -> None:
         """Queue a frame; never waits."""
@@ -126,13 +129,17 @@ class Outbox:
         self._filled.set()
 
     async def ease(self) -> None:
-        """Let a client that lags catch up; one that does not is not waited for again until it has."""
+        """Let a client that lags catch up: for two seconds in all, until nothing waits for it any more.
+
+        So a client that reads, but is slower than a large transaction, is not cut; and one that does not
+        read cannot hold up the others for longer.
+        """
         self._eased.clear()
-        try:
-            async with asyncio.timeout(_PATIENCE):
+        started = asyncio.get_running_loop().time()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._patience):
                 await self._eased.wait()
-        except TimeoutError:
-            self._given_up = True
+        self._patience -= asyncio.get_running_loop().time() - started
 
     async def run(self) -> None:
         """Send what is queued, in order, until the connection closes."""
@@ -149,8 +156,9 @@ class Outbox:
                     self.sending_since = None
                     self._bytes -= len(frame) + _FRAME_OVERHEAD
                     self._sent()
-                    if self._bytes < _LAGGING_BYTES:
+                    if self._bytes <= self._limit // 2:
                         self._eased.set()
+                self._patience = _PATIENCE
                 self._filled.clear()
                 await self._filled.wait()
         except ConnectionClosed:

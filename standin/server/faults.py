@@ -160,7 +160,7 @@ class Faults:
         """The state of every switch."""
         return {name: getattr(self, name) for name in _SWITCHES}
 
-    def touch_changes(self) -> bool:
+    def affect_changes(self) -> bool:
         """Whether any switch asks for a closer look at change frames."""
         return bool(
             self.drop

@@ -25,7 +25,7 @@ class Gate:
 
     def passes(self, channel: Channel, data: bytes, ids: tuple[int, ...]) -> None:
         """Send one change to its channel, or not."""
-        if not self._faults.touch_changes() and not self._delayed:
+        if not self._faults.affect_changes() and not self._delayed:
             self._send(channel, channel.change_frame(data, ids))
             return
         if self._lost():

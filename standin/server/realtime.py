@@ -153,7 +153,8 @@ class RealtimeServer:
     def repeat_subscribed(self) -> None:
         """Every channel is told once more that it is subscribed."""
         for channel in self._channels():
-            channel.send_system("ok", SUBSCRIBED)
+            if channel.request.sent:
+                channel.send_system("ok", SUBSCRIBED)
 
     def late_close(self) -> None:
         """Every channel gets the phx_close of a join that is no longer its own."""
@@ -199,7 +200,7 @@ class RealtimeServer:
             return None
         self.counters.add("connections_refused")
         if verdict.late:
-            await asyncio.sleep(self._behaviour.handshake_refusal_delay)
+            await connection.pause(self._behaviour.handshake_refusal_delay)
         return verdict.response()
 
     def _limited(self) -> handshake.Refused | None:

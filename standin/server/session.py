@@ -155,9 +155,13 @@ class Session:
         self._limits.joins.add()
         if refusal is not None:
             # The real server sleeps in the socket's own process: it reads nothing else of this client.
-            await asyncio.sleep(self._surroundings.behaviour.join_error_delay)
+            if before is not None:
+                await self._drop(before)
+            await self.connection.pause(self._surroundings.behaviour.join_error_delay)
             self._surroundings.counters.add("joins_refused")
             self._reply(message, "error", {"reason": refusal}, join_ref=message.join_ref)
+            if before is not None:
+                before.send_close(before.join_ref)
             return
         await self._enter(message, before, token, claims)
 

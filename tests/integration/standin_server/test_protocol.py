@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import InvalidHandshake, InvalidStatus
 
 from standin import LOCAL_JWT_SECRET, Behaviour
 from standin.server import tokens
@@ -123,6 +123,29 @@ async def test_joining_again_closes_the_older_join_after_the_reply(server: Runni
         await server.feed.commit("x")
         assert await client.values(1) == ["x"]
         await client.heartbeat()
+
+
+async def test_a_refused_join_ends_the_join_before_it(server: Running) -> None:
+    async with server.client() as client:
+        await client.subscribe(ref="5", join_ref="5")
+        await client.join(ref="7", join_ref="7", token="xxx")
+        refusal = await client.receive()
+        assert (refusal["ref"], refusal["payload"]["status"]) == ("7", "error")
+        assert await client.receive() == close("5", "realtime:a")
+        await server.feed.commit("x")
+        await client.heartbeat()
+
+
+async def test_a_stop_does_not_wait_for_answers_that_are_held_back(start: Start) -> None:
+    behaviour = Behaviour(join_error_delay=600, handshake_refusal_delay=600)
+    async with start(behaviour) as server, server.client() as client:
+        await client.join(token="xxx")
+        refusing = asyncio.create_task(refused(server.url("xxx")))
+        await server.counters.reach("connections_refused", 1)
+        async with asyncio.timeout(10):
+            await server.realtime.stop()
+        with pytest.raises((InvalidHandshake, OSError, EOFError)):
+            await refusing
 
 
 async def test_several_bindings_give_one_frame_with_their_ids_in_reverse(server: Running) -> None:
