@@ -231,6 +231,22 @@ async def test_redis_that_evicts(healthy: Patients) -> None:
     assert "noeviction" in problem["remedy"]
 
 
+async def test_redis_that_wants_a_password_or_none(healthy: Patients) -> None:
+    wrong = healthy.redis.url.replace("redis://", "redis://:hunter2@")
+    (unwanted,) = await healthy.problems(REDIS_URL=wrong)
+    async with Redis.from_url(healthy.redis.url) as redis:
+        await redis.config_set("requirepass", "right")
+        try:
+            (missing,) = await healthy.problems()
+            (refused,) = await healthy.problems(REDIS_URL=wrong)
+        finally:
+            await redis.config_set("requirepass", "")
+    for problem in (unwanted, missing, refused):
+        assert problem["name"] == "redis"
+        assert "password" in problem["detail"]
+        assert "hunter2" not in json.dumps(problem)
+
+
 async def test_redis_is_away(healthy: Patients) -> None:
     (problem,) = await healthy.problems(REDIS_URL="redis://:hunter2@127.0.0.1:1/0")
     assert problem["name"] == "redis"

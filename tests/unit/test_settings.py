@@ -274,6 +274,11 @@ def test_a_slip_in_a_name_is_found_in_environment_and_file(
     ]
 
 
+def test_the_readme_has_the_table_of_settings_as_it_is_declared() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    assert settings_table() in readme.read_text(), "put the output of config.declared.settings_table() there"
+
+
 def test_every_setting_is_in_the_table_with_its_reason() -> None:
     table = settings_table()
     assert len(declared_settings()) == len(Settings.model_fields)

@@ -23,14 +23,23 @@ async def examine_redis(settings: Settings) -> list[Finding]:
     async with client:
         try:
             await client.ping()
-            told = await client.info()
-        except AuthenticationError:
-            return [Finding("redis", "problem", "Redis refuses the password", "correct it in REDIS_URL")]
-        except ResponseError as error:
-            return [Finding("redis", "warning", f"Redis answers, but does not tell about itself ({error})")]
+        except (AuthenticationError, ResponseError):
+            detail = "Redis refuses the user or password, or wants one"
+            return [
+                Finding("redis", "problem", detail, "correct REDIS_URL: redis://[user]:password@host:6379/0")
+            ]
         except (RedisError, OSError) as error:
             detail = f"Redis cannot be reached ({type(error).__name__})"
             return [Finding("redis", "problem", detail, "start Redis, or correct REDIS_URL")]
+        try:
+            told = await client.info()
+        except (RedisError, OSError) as error:
+            detail = f"Redis answers, but does not tell about itself ({type(error).__name__})"
+            return [
+                Finding(
+                    "redis", "warning", detail, "see that its version is 6.2 or newer, its policy noeviction"
+                )
+            ]
     return _judge(told, settings)
 
 
