@@ -161,6 +161,10 @@ class Session:
                     await self._wake.wait()
             except TimeoutError:
                 pass
+            woken = time.monotonic()
+            if woken - now > 2 * self._step():
+                # It is we who were stopped or starved: the answers may lie unread in the socket.
+                self._fresh = woken
 
     def _step(self) -> float:
         """Return how often the deadlines are looked at, in seconds."""
