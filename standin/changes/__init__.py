@@ -6,5 +6,14 @@ subscriptions, filters, privileges and row-level security; it knows no websocket
 
 from standin.changes.bindings import BadSubscription, Binding, binding_id, parse_binding
 from standin.changes.feed import ChangeFeed, Delivery
+from standin.changes.preflight import problem_with
 
-__all__ = ["BadSubscription", "Binding", "ChangeFeed", "Delivery", "binding_id", "parse_binding"]
+__all__ = [
+    "BadSubscription",
+    "Binding",
+    "ChangeFeed",
+    "Delivery",
+    "binding_id",
+    "parse_binding",
+    "problem_with",
+]

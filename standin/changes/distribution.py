@@ -78,6 +78,11 @@ class Distribution:
         """Return the live subscriptions."""
         return list(self._subscriptions.values())
 
+    @property
+    def idle(self) -> bool:
+        """True while nobody wants any change."""
+        return not self._claimants
+
     def _index(self) -> None:
         claimants: dict[int, list[_Claimant]] = {}
         for subscription in self._subscriptions.values():

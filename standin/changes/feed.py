@@ -107,12 +107,11 @@ class ChangeFeed:
             try:
                 async with contextlib.AsyncExitStack() as stack:
                     slot = await self._connection(stack)
-                    work = await self._connection(stack)
                     self._checking = await self._connection(stack)
                     name = await self._create_slot(slot)
                     self._live.set()
                     failures = 0
-                    await self._poll(slot, work, name)
+                    await self._poll(stack, slot, name)
             except Exception as error:
                 # This loop only survives; what is unknown is told with its traceback.
                 delay = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
@@ -139,7 +138,8 @@ class ChangeFeed:
         await slot.execute("select pg_create_logical_replication_slot($1, 'pgoutput', true)", name)
         return name
 
-    async def _poll(self, slot: asyncpg.Connection, work: asyncpg.Connection, name: str) -> None:
+    async def _poll(self, stack: contextlib.AsyncExitStack, slot: asyncpg.Connection, name: str) -> None:
+        work = await self._connection(stack)
         position = await slot.prepare("select pg_current_wal_flush_lsn()::text")
         changes = await slot.prepare(
             "select data from pg_logical_slot_get_binary_changes($1, null, $2, "
@@ -148,6 +148,9 @@ class ChangeFeed:
         names = sql.identifier(self._publication)
         seen: str | None = None
         while True:
+            if work.is_closed():
+                # Only the slot's own connection holds anything that cannot be had again.
+                work = await self._connection(stack)
             await self._check_publication(work)
             now = await position.fetchval()
             count = 0
@@ -157,7 +160,8 @@ class ChangeFeed:
                 # A full answer may have left something behind.
                 seen = now if count < _CHANGES_PER_POLL else None
                 if count:
-                    await self._distribute(work, Decoder().changes(row[0] for row in rows))
+                    if not self._distribution.idle:
+                        await self._distribute(work, Decoder().changes(row[0] for row in rows))
                     await self._refresh_snapshot(work, count)
             if count < _BUSY_MESSAGES:
                 await asyncio.sleep(self._poll_interval)
@@ -222,9 +226,12 @@ class ChangeFeed:
     async def _checked(
         self, subscriber: Hashable, bindings: Sequence[Binding], claims: Mapping[str, Any]
     ) -> Subscription:
-        async with self._subscribing:
-            assert self._checking is not None  # noqa: S101 - there since the feed is live
-            return await check(self._checking, self._publication, subscriber, bindings, claims)
+        async with self._subscribing, contextlib.AsyncExitStack() as stack:
+            connection = self._checking
+            if connection is None or connection.is_closed():
+                # The one kept for this may go while the slot stays.
+                connection = await self._connection(stack)
+            return await check(connection, self._publication, subscriber, bindings, claims)
 
     async def unsubscribe(self, subscriber: Hashable) -> None:
         """End a subscription; nothing is delivered to it any more. Unknown subscribers are ignored."""

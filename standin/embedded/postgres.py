@@ -257,9 +257,12 @@ def _initialise(programs: Path, directory: Path) -> None:
 
 def _cache_directory() -> Path:
     """Return a directory of ours alone that outlives the process; the temporary one if there is no home."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    directory = Path(base) / "tailrace" / "embedded"
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        directory = base / "tailrace" / "embedded"
+        # A home that does not exist is not for us to make.
+        if not base.parent.is_dir():
+            return binaries.shared_directory()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.lstat()
         private = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -7,6 +7,8 @@ from typing import Any
 import asyncpg
 import pytest
 
+from standin.changes import problem_with
+
 
 @pytest.fixture
 async def tx(db: Any) -> None:
@@ -130,3 +132,27 @@ async def test_change_of_a_table_that_is_gone_when_polled_is_lost_alone(watch: A
     )
     assert len(await watch.texts("other")) == 1
     assert await watch.texts("s") == []
+
+
+async def test_what_waiting_will_not_mend_is_named(dsn: str, db: Any) -> None:
+    await db.execute("create role poor login password 'poor'")
+    assert await problem_with(dsn, "supabase_realtime") is None
+    assert "no publication other" in str(await problem_with(dsn, "other"))
+    assert "may not replicate" in str(
+        await problem_with(dsn.replace("postgres:postgres@", "poor:poor@"), "x")
+    )
+    assert "cannot be reached" in str(await problem_with(dsn.replace("postgres:postgres@", "poor:no@"), "x"))
+    await db.execute("drop role poor")
+
+
+@pytest.mark.usefixtures("tx")
+async def test_loss_of_other_connections_than_the_slots_is_no_gap(watch: Any, db: Any) -> None:
+    await watch.subscribe("s", "tx")
+    await db.execute(
+        "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'standin' "
+        "and datname = current_database() and pid not in (select active_pid from pg_replication_slots)"
+    )
+    await watch.subscribe("t", "tx")
+    await db.execute("insert into tx values (1, 'a')")
+    assert len(await watch.texts("t")) == 1
+    assert watch.feed.gaps == 0
