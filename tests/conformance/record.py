@@ -20,6 +20,9 @@ from tests.conformance.servers import cluster, database, serving
 class Recorder(Player):
     """A player that says which frames came after each step, to write the promises of our own scenarios."""
 
+    # The server counts whole seconds until the end.
+    margin = 1.3
+
     def __init__(self, script: Script, server: Server) -> None:
         super().__init__(script, server)
         self._labels = Labels(is_now=lambda _text: False)
@@ -79,7 +82,7 @@ async def _record(script: Script, server: Server) -> None:
 
 
 def _refuse(line: str, recorder: Recorder) -> None:
-    """Stop before anything is written: a statement that went wrong makes the rest of the story another one."""
+    """Stop before anything is written: a statement that went wrong makes the rest another story."""
     for statement, problem in recorder.take_failures():
         raise SystemExit(f"{line[:40]!r}: {statement[:60]!r}: {problem}")
 
