@@ -45,7 +45,7 @@ _ORDERED_TYPES: Final = (
 _PATTERN_TYPES: Final = frozenset({"text", "varchar", "bpchar", "citext", "name"})
 
 _START: Final = re.compile(
-    r'\s*(?P<column>"(?:[^"]|"")+"|[^=]+?)\s*=(?P<negated>not\.)?(?P<operator>[a-z]+)\.'
+    r'\s*(?P<column>"(?:[^"]|"")+"|[^=,]+?)\s*=(?P<negated>not\.)?(?P<operator>[a-z]+)\.'
 )
 _QUOTED: Final = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
 _ITEM: Final = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,()"]*?))\s*([,)])', re.DOTALL)
@@ -335,6 +335,15 @@ def _moment_key(value: Value) -> tuple[int, Value]:
     return (0, value)
 
 
+def _json_key(value: Value) -> Value:
+    """Tell true from 1, which Python takes for equal."""
+    if isinstance(value, dict):
+        return {name: _json_key(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_json_key(member) for member in value]
+    return (value,) if isinstance(value, bool) else value
+
+
 _COMPARISONS: Final[dict[str, Callable[[Value, Value], bool]]] = {
     "eq": lambda held, operand: held == operand,
     "neq": lambda held, operand: held != operand,
@@ -361,6 +370,7 @@ _KINDS: Final[dict[type, str]] = {
 _FOLDS: Final[dict[str, Callable[[Value], Value]]] = {
     "citext": lambda value: str(value).lower(),
     "bpchar": lambda value: str(value).rstrip(" "),
+    "jsonb": _json_key,
     "date": _moment_key,
     "timestamp": _moment_key,
     "timestamptz": _moment_key,

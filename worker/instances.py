@@ -4,7 +4,6 @@ The values are already typed as asyncpg gives them; what a mapped type adds on t
 TypeDecorators, SQLAlchemy's ranges) is applied as SQLAlchemy itself would on loading.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Final
@@ -62,10 +61,6 @@ def _attributes(model: type[Any]) -> _Attributes:
 def _processor(mapped: types.TypeEngine[Any]) -> Processor | None:
     """Give what SQLAlchemy would do to a loaded value, or None for nothing."""
     inner = mapped.impl_instance if isinstance(mapped, types.TypeDecorator) else mapped
-    if isinstance(inner, types.JSON):
-        # SQLAlchemy loads json from text; ours is parsed. Only a decorator has more to do to it.
-        loads = _bound(mapped, None) if isinstance(mapped, types.TypeDecorator) else None
-        return None if loads is None else lambda value: loads(None if value is None else json.dumps(value))
     if isinstance(inner, types.Numeric):
         return lambda value: _numeric(mapped, value)
     return _bound(mapped, None)

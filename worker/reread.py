@@ -15,6 +15,8 @@ from worker.values.database import is_data_error, plain, printed
 from worker.values.decoding import decoder
 from worker.values.scalars import JSONS, parse_json
 
+_THROUGH_JSON: Final = frozenset({"_json", "_jsonb", "hstore"})
+
 GONE: Final = "the source left it out, and the row is gone"
 ALTERED: Final = "the source left it out, and it cannot be read again: the table was altered"
 
@@ -93,7 +95,10 @@ def _statement(table: Table, wanted: Sequence[ColumnInfo], *, as_text: bool) -> 
 
 def _selected(column: ColumnInfo, *, as_text: bool) -> str:
     name = f"t.{plain(quote(column.name))}"
-    if column.value_type == "hstore":
+    # How json arrives depends on the engine's codecs; as text it does not.
+    if column.value_type in JSONS:
+        return f"cast({name} as text)"
+    if column.value_type in _THROUGH_JSON:
         return f"cast(pg_catalog.to_jsonb({name}) as text)"
     return printed(name) if as_text else name
 
@@ -101,18 +106,9 @@ def _selected(column: ColumnInfo, *, as_text: bool) -> str:
 def _reader(column: ColumnInfo, *, as_text: bool) -> Callable[[Any], Any] | None:
     """Give what is still to be done to a value that asyncpg gave, or None."""
     kind = column.value_type
-    if kind in JSONS or kind == "hstore":
+    if kind in JSONS or kind in _THROUGH_JSON:
         return parse_json
-    if kind in {"_json", "_jsonb"} and not as_text:
-        return _parse_elements
     if as_text:
         decode = decoder(kind, "text")
         return None if decode is None else lambda value: decode(value.encode())
     return None
-
-
-def _parse_elements(values: list[Any]) -> list[Any]:
-    return [
-        _parse_elements(value) if isinstance(value, list) else None if value is None else parse_json(value)
-        for value in values
-    ]

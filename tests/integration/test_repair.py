@@ -21,7 +21,7 @@ ROWS = """
 drop table if exists public.goods;
 create table public.goods (
     id bigint primary key, body text, code char(5), flags bit(4), price numeric, weight float8 not null,
-    tags char(3)[], doc jsonb, at time, during int4range
+    tags char(3)[], doc jsonb, docs json[], at time, during int4range
 );
 """
 
@@ -53,8 +53,9 @@ async def goods(engine: AsyncEngine) -> Table:
         engine,
         ROWS,
         "insert into goods values (1, 'long body', 'ab', '1010', 'NaN', 'Infinity', '{abc,d}', '{\"a\": 1}',"
-        " '24:00', '[1,5)')",
-        "insert into goods values (2, 'two', 'xyz', '0001', 7.50, 2, null, 'null', '12:00', null)",
+        " '{}', '24:00', '[1,5)')",
+        "insert into goods values (2, 'two', 'xyz', '0001', 7.50, 2, null, '\"str\"',"
+        " '{null,NULL,\"[1]\"}', '12:00', null)",
     )
     return await table_of(engine)
 
@@ -80,7 +81,7 @@ async def build(engine: AsyncEngine, table: Table, *raws: RawChange) -> list[Cha
 
 WIRE = (
     '{"id": 1, "body": "long body", "code": "a", "flags": "1", "price": null, "weight": null, '
-    '"tags": ["a", "d"], "doc": {"a": 1}, "at": "24:00:00", "during": "[1,5)"}'
+    '"tags": ["a", "d"], "doc": {"a": 1}, "docs": [], "at": "24:00:00", "during": "[1,5)"}'
 )
 
 
@@ -113,7 +114,8 @@ async def test_reads_again_absent_columns_whatever_asyncpg_thinks_of_them(
     assert built.record["body"] == "long body"
     (other,) = await build(engine, goods, change(goods, "UPDATE", '{"id": 2}', '{"id": 2}'))
     assert other.record is not None
-    assert other.record["doc"] is None
+    assert other.record["doc"] == "str"
+    assert other.record["docs"] == [None, None, [1]]
     assert other.record["price"] == Decimal("7.50")
     assert other.record["during"] is None
     assert other.repaired == set(goods.columns) - {"id"}
@@ -123,7 +125,7 @@ async def test_unchanged_toast_is_repaired_and_known_to_be_unchanged(
     engine: AsyncEngine, goods: Table
 ) -> None:
     wire = '{"id": 2, "code": null, "flags": null, "price": 7.5, "weight": 2, "tags": null, "doc": 1, '
-    wire += '"at": null}'
+    wire += '"docs": null, "at": null}'
     (built,) = await build(engine, goods, change(goods, "UPDATE", wire, '{"id": 2}'))
     assert built.repaired == built.unchanged == {"body", "during"}
     assert built.changed("body") is False

@@ -28,6 +28,8 @@ def parse_array(text: str, element: Callable[[str], Value]) -> list[Value]:
             outer.append([])
         elif kind == "}":
             done = outer.pop()
+            if not outer:
+                raise ValueError("no array literal")
             outer[-1].append(done)
         else:
             outer[-1].append(None if kind == "null" else element(value))

@@ -102,7 +102,10 @@ def _scalar(form: Callable[[str], str], raw: bytes) -> str | None:
 
 def _json(raw: bytes) -> str | None:
     data = bytes(raw)
-    return None if data == b"null" else _canonical_json(_exact.decode(data))
+    try:
+        return None if data == b"null" else _canonical_json(_exact.decode(data))
+    except UNREADABLE:
+        return data.decode()
 
 
 def _canonical_json(value: Value) -> str:
