@@ -80,12 +80,17 @@ async def _run(options: argparse.Namespace) -> int:
 
 async def _serve(options: argparse.Namespace, asked_to_end: asyncio.Event) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        data = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="standin-")))
-        redis_url = None
+        database_url, redis_url = options.database_url, None
         try:
-            database_url = options.database_url or await _embedded_postgres(stack, data)
+            if options.redis or database_url is None:
+                data = options.data or Path(
+                    stack.enter_context(tempfile.TemporaryDirectory(prefix="standin-"))
+                )
+            if database_url is None:
+                database_url = await _embedded_postgres(stack, data)
             if options.redis:
-                redis = await stack.enter_async_context(EmbeddedRedis(data / "redis"))
+                redis = EmbeddedRedis(data / "redis")
+                await _start(stack, redis)
                 redis_url = redis.url
         except (OSError, RuntimeError, asyncpg.PostgresError) as error:
             raise StandinError(f"an embedded server does not start: {error}") from error
@@ -106,9 +111,24 @@ async def _serve(options: argparse.Namespace, asked_to_end: asyncio.Event) -> No
 
 
 async def _embedded_postgres(stack: contextlib.AsyncExitStack, data: Path) -> str:
-    postgres = await stack.enter_async_context(EmbeddedPostgres(data / "postgres"))
+    postgres = EmbeddedPostgres(data / "postgres")
+    await _start(stack, postgres)
     await bootstrap_supabase(postgres.dsn())
     return postgres.dsn()
+
+
+def _temporary(stack: contextlib.AsyncExitStack) -> Path:
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="standin-")))
+
+
+async def _start(stack: contextlib.AsyncExitStack, server: EmbeddedPostgres | EmbeddedRedis) -> None:
+    # A start that is broken off half-way would go on copying files while their directory is removed.
+    stack.push_async_callback(server.stop)
+    starting = asyncio.create_task(server.start(), name="standin embedded server")
+    try:
+        await asyncio.shield(starting)
+    finally:
+        await asyncio.wait({starting})
 
 
 def _say_ready(standin: Standin, database_url: str, redis_url: str | None, jwt_secret: str) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import asyncpg
-
-from standin.changes import ChangeFeed
+from standin.changes import ChangeFeed, problem_with
 from standin.server import tokens
 from standin.server.admin import AdminServer
 from standin.server.behaviour import Behaviour
@@ -23,7 +21,6 @@ from standin.server.realtime import RealtimeServer
 # The secret that Supabase's own tools use for local development; known to everybody, so of no use elsewhere.
 LOCAL_JWT_SECRET = "super-secret-jwt-token-with-at-least-32-characters-long"  # noqa: S105 (public on purpose)
 POLL_INTERVAL = 0.02
-_CONNECT_SECONDS = 10.0
 
 
 class StandinError(Exception):
@@ -171,23 +168,9 @@ class Standin:
         self._realtime.late_close()
 
     async def _examine_database(self) -> None:
-        try:
-            connection = await asyncpg.connect(self._database_url, timeout=_CONNECT_SECONDS)
-        except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            reason = str(error) or type(error).__name__
-            raise StandinError(
-                f"cannot reach the database at {_shown(self._database_url)}: {reason}; check --database-url"
-            ) from None
-        try:
-            level = await connection.fetchval("show wal_level")
-            name = self.behaviour.publication
-            found = await connection.fetchval("select true from pg_publication where pubname = $1", name)
-        finally:
-            await connection.close()
-        if level != "logical":
-            raise StandinError(f"the database has wal_level={level}; set wal_level=logical and restart it")
-        if not found:
-            raise StandinError(f'the database has no publication {name}; run: create publication "{name}"')
+        problem = await problem_with(self._database_url, self.behaviour.publication)
+        if problem is not None:
+            raise StandinError(f"cannot use the database at {_shown(self._database_url)}: {problem}")
 
 
 def _shown(database_url: str) -> str:

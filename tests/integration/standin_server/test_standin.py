@@ -142,7 +142,7 @@ async def test_a_database_without_the_publication_is_told(database_url: str) -> 
     connection = await asyncpg.connect(database_url)
     await connection.execute("create database bare")
     await connection.close()
-    with pytest.raises(StandinError, match="no publication supabase_realtime; run: create publication"):
+    with pytest.raises(StandinError, match="no publication supabase_realtime: create publication"):
         await Standin(database_url.removesuffix("postgres") + "bare").start()
 
 
@@ -215,6 +215,15 @@ async def test_the_command_alone_brings_its_own_servers(tmp_path: Path) -> None:
             assert await process.wait() == 0
 
 
+async def test_the_command_ends_cleanly_while_it_is_still_starting(tmp_path: Path) -> None:
+    async with command("--data", str(tmp_path)) as process, asyncio.timeout(60):
+        while not (tmp_path / "postgres").exists():  # noqa: ASYNC110 (a process gives no other sign)
+            await asyncio.sleep(0.005)
+        process.terminate()
+        output, errors = await process.communicate()
+    assert (process.returncode, output, errors) == (0, b"", b"")
+
+
 async def test_the_command_that_cannot_start_says_why_and_exits_with_2() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -222,5 +231,5 @@ async def test_the_command_that_cannot_start_says_why_and_exits_with_2() -> None
         async with asyncio.timeout(30):
             _out, errors = await process.communicate()
     assert process.returncode == 2
-    assert errors.startswith(b"standin: cannot reach the database at 127.0.0.1:")
+    assert errors.startswith(b"standin: cannot use the database at 127.0.0.1:")
     assert errors.count(b"\n") == 1
