@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, INET, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, object_session
 from sqlalchemy.orm.exc import DetachedInstanceError
 
-from worker.change import Change, Column, Position, RawChange, Record
+from worker.change import Change, Column, Context, Position, RawChange, Record
 from worker.errors import MalformedChange, MissingValueError
 
 DATA: dict[str, Any] = {
@@ -246,3 +246,16 @@ def test_as_needs_a_row_and_its_key() -> None:
         change(type="TRUNCATE").as_(Order)
     with pytest.raises(MissingValueError):
         change(type="INSERT", record=Record({}, {"id": "too large"})).as_(Order)
+
+
+def test_a_context_makes_the_supabase_client_when_first_asked() -> None:
+    made: list[object] = []
+
+    def make() -> Any:  # noqa: ANN401 - stands for the client
+        made.append(object())
+        return made[-1]
+
+    context = Context(redis=None, log=None, idempotency_key="k", make_supabase=make)  # type: ignore[arg-type]
+    assert made == []
+    assert context.supabase is context.supabase
+    assert len(made) == 1
