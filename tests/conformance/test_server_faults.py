@@ -2,9 +2,9 @@
 
 Which rows were lost there, and how many, cannot be compared: it follows from poll intervals, back-off times
 and the writer's pace, none of which the stand-in shares. What can be compared is what a client relies on: the
-close codes, that nothing else is said, that a channel lives on in silence, that what comes is in order and never
-twice, and that it comes again afterwards. The close codes are checked against the recordings too, where those
-are at hand.
+close codes, that nothing else is said, that a channel lives on in silence, that what comes is in order and
+never twice, and that it comes again afterwards. The close codes are checked against the recordings too, where
+those are at hand.
 """
 
 import asyncio
@@ -265,7 +265,7 @@ async def test_over_the_limit_of_joins_handshakes_are_refused(
 
 
 async def test_a_poison_row_costs_only_itself(project: str, writer: asyncpg.Connection) -> None:
-    """The real server loses the whole poll for everybody (11_poison_rows); the stand-in's README says why not."""
+    """The real server loses the whole poll for everybody (11_poison_rows): a deviation in the README."""
     await writer.execute(
         "create table public.documents(id int primary key, j json);"
         "create table public.divisions(id int primary key, d int);"
