@@ -183,7 +183,11 @@ class Ledger:
         if not self.canary.write_trouble:
             log.warning("cannot write the canary row", error=kind)
         self.canary.write_trouble = kind
-        self._unproven = "the database was away: Realtime's temporary slot may have been lost"
+        self.doubt("the database was away: Realtime's temporary slot may have been lost")
+
+    def doubt(self, cause: str) -> None:
+        """Something may have been lost since the last proof: the next canary that comes back ends the gap."""
+        self._unproven = self._unproven or cause
 
     def _canary_back(self, returned: Return) -> None:
         self.counts.canaries += 1

@@ -89,6 +89,13 @@ class RealtimeSource:
         """
         return self._ledger.continuity.sure_until
 
+    def doubt(self, cause: str) -> None:
+        """Say that Realtime may have lost changes up to now, though it looks well; becomes a gap.
+
+        For who sees what this source cannot: another backend at Realtime's slot, a restarted database.
+        """
+        self._ledger.doubt(cause)
+
     async def read(self) -> AsyncIterator[Sequence[RawChange | Gap]]:
         """Yield all that has arrived since the last batch: changes, and gaps where they belong.
 

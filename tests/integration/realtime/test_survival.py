@@ -258,6 +258,16 @@ async def test_a_database_that_was_away_is_a_possible_gap(phoenix: Phoenix, star
     assert set(reading.gaps[0].tables) == {ORDERS, ITEMS}
 
 
+async def test_a_doubt_from_outside_is_a_gap_up_to_the_next_canary(phoenix: Phoenix, start: Start) -> None:
+    async with start() as reading:
+        await reading.ready()
+        reading.source.doubt("Realtime's slot has another backend")
+        await reading.until(lambda: reading.gaps)
+    assert phoenix.connections == 1
+    assert set(reading.gaps[0].tables) == {ORDERS, ITEMS}
+    assert reading.gaps[0].cause == "Realtime's slot has another backend"
+
+
 async def test_a_consumer_that_raises_ends_it_cleanly_and_can_read_on(phoenix: Phoenix, start: Start) -> None:
     async with start() as reading:
         await reading.ready()
