@@ -7,9 +7,11 @@ the changes committed until the next one is there are gone.
 import asyncio
 import contextlib
 import secrets
+import traceback
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import asyncpg
 import structlog
@@ -24,6 +26,8 @@ from standin.changes.subscribing import Subscription, check
 __all__ = ["ChangeFeed", "Delivery"]
 
 log = structlog.get_logger(__name__)
+
+_Result = TypeVar("_Result")
 
 # asyncpg may be in the midst of its protocol when the connection goes: an internal error then.
 _CONNECTION_ERRORS = (
@@ -40,6 +44,7 @@ _BUSY_MESSAGES = 300
 # Decoding starts at the last recorded snapshot each time, so one is asked for now and then:
 # without it each poll would read the log of up to 15 s again.
 _MESSAGES_PER_SNAPSHOT = 5_000
+_CONNECTIONS_TRIED = 3
 _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 _SESSION = {
@@ -112,16 +117,10 @@ class ChangeFeed:
                     self._live.set()
                     failures = 0
                     await self._poll(stack, slot, name)
-            except Exception as error:
-                # This loop only survives; what is unknown is told with its traceback.
+            except Exception as error:  # noqa: BLE001 - this loop only survives
                 delay = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
                 self.gaps += self._live.is_set()
-                log.warning(
-                    "change feed interrupted",
-                    reason=_brief(error),
-                    retry_in_seconds=delay,
-                    exc_info=not isinstance(error, _CONNECTION_ERRORS),
-                )
+                log.warning("change feed interrupted", reason=_brief(error), retry_in_seconds=delay)
                 failures += 1
                 self._live.clear()
                 await asyncio.sleep(delay)
@@ -139,7 +138,7 @@ class ChangeFeed:
         return name
 
     async def _poll(self, stack: contextlib.AsyncExitStack, slot: asyncpg.Connection, name: str) -> None:
-        work = await self._connection(stack)
+        work = _Work(lambda: self._connection(stack))
         position = await slot.prepare("select pg_current_wal_flush_lsn()::text")
         changes = await slot.prepare(
             "select data from pg_logical_slot_get_binary_changes($1, null, $2, "
@@ -148,10 +147,7 @@ class ChangeFeed:
         names = sql.identifier(self._publication)
         seen: str | None = None
         while True:
-            if work.is_closed():
-                # Only the slot's own connection holds anything that cannot be had again.
-                work = await self._connection(stack)
-            await self._check_publication(work)
+            await work.do(self._check_publication)
             now = await position.fetchval()
             count = 0
             if now != seen:
@@ -166,7 +162,7 @@ class ChangeFeed:
             if count < _BUSY_MESSAGES:
                 await asyncio.sleep(self._poll_interval)
 
-    async def _distribute(self, work: asyncpg.Connection, changes: Iterator[RowChange]) -> None:
+    async def _distribute(self, work: "_Work", changes: Iterator[RowChange]) -> None:
         while chunk := list(islice(changes, _CHANGES_PER_DELIVERY)):
             deliveries = await self._deliveries(work, chunk)
             if deliveries:
@@ -175,28 +171,28 @@ class ChangeFeed:
                 # Decoding alone must not hold up everything else on the loop.
                 await asyncio.sleep(0)
 
-    async def _deliveries(self, work: asyncpg.Connection, chunk: Sequence[RowChange]) -> list[Delivery]:
+    async def _deliveries(self, work: "_Work", chunk: Sequence[RowChange]) -> list[Delivery]:
         """Return the deliveries of a chunk, without the changes that cannot be distributed at all."""
         try:
-            return await self._distribution.deliveries(work, chunk)
-        except Exception:
-            if work.is_closed():
+            return await work.do(lambda connection: self._distribution.deliveries(connection, chunk))
+        except Exception as error:
+            if not await work.alive():
                 raise
             if len(chunk) == 1:
-                log.exception("change withheld", table=chunk[0].relation.name)
+                log.warning("change withheld", table=chunk[0].relation.name, reason=_place(error))
                 return []
         deliveries: list[Delivery] = []
         for change in chunk:
             deliveries += await self._deliveries(work, [change])
         return deliveries
 
-    async def _refresh_snapshot(self, work: asyncpg.Connection, count: int) -> None:
+    async def _refresh_snapshot(self, work: "_Work", count: int) -> None:
         self._messages += count
         if self._messages >= _MESSAGES_PER_SNAPSHOT:
             self._messages = 0
             # Only a matter of speed, so it may fail: not granted, or older than PostgreSQL 16.
             with contextlib.suppress(asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError):
-                await work.execute("select pg_log_standby_snapshot()")
+                await work.do(lambda connection: connection.execute("select pg_log_standby_snapshot()"))
 
     async def subscribe(
         self, subscriber: Hashable, bindings: Sequence[Binding], claims: Mapping[str, Any]
@@ -263,6 +259,38 @@ class ChangeFeed:
             await self.on_resubscribed(subscriber)
 
 
+class _Work:
+    """The connection for everything but the slot; it can be lost and opened anew without a gap."""
+
+    def __init__(self, connect: Callable[[], Awaitable[asyncpg.Connection]]) -> None:
+        self._connect = connect
+        self._connection: asyncpg.Connection | None = None
+
+    async def do(self, action: Callable[[asyncpg.Connection], Awaitable[_Result]]) -> _Result:
+        """Return what `action` gives with the connection; repeat it on a new one if that was lost."""
+        for _ in range(_CONNECTIONS_TRIED):
+            if self._connection is None:
+                self._connection = await self._connect()
+            try:
+                return await action(self._connection)
+            except _CONNECTION_ERRORS:
+                if await self.alive():
+                    raise
+                self._connection = None
+        raise ConnectionError("the database ends every connection at once")
+
+    async def alive(self) -> bool:
+        """Tell whether the connection still answers."""
+        if self._connection is None or self._connection.is_closed():
+            return False
+        try:
+            await self._connection.execute("select")
+        except _CONNECTION_ERRORS:
+            self._connection.terminate()
+            return False
+        return True
+
+
 async def _close(connection: asyncpg.Connection) -> None:
     try:
         await connection.close(timeout=2)
@@ -271,5 +299,14 @@ async def _close(connection: asyncpg.Connection) -> None:
 
 
 def _brief(error: BaseException) -> str:
+    if not isinstance(error, _CONNECTION_ERRORS):
+        return _place(error)
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    """Return what was raised and where; messages and tracebacks may hold the values of rows."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
