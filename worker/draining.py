@@ -166,7 +166,7 @@ class Draining:
             else:
                 elsewhere.append(lane)
         if elsewhere:
-            for lane in await self._lanes.ring(await self._current(), elsewhere, time.time()):
+            for lane in await self._lanes.ring(await self._current(), elsewhere):
                 await self._enqueue(lane)
 
     async def listen(self) -> None:
@@ -241,7 +241,7 @@ class Draining:
             return
         async with self._engine.connect() as connection:
             due = await held.due_lanes(connection)
-        for lane in await self._lanes.sweep(generation, time.time()):
+        for lane in await self._lanes.sweep(generation):
             await self._enqueue(lane)
         await self.wake(due)
 

@@ -1,7 +1,7 @@
 """The listener's pen: from routed changes to entries in the lanes, whatever Redis does meanwhile.
 
-It gives changes their positions (in plain delivery the source has none), keeps what is not yet surely in Redis,
-and begins a new generation when Redis has lost the old one. What reads it is in draining.py.
+It gives changes their positions (in plain delivery the source has none), keeps what is not yet surely in
+Redis, and begins a new generation when Redis has lost the old one. What reads it is in draining.py.
 """
 
 import asyncio
@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 AWAY_SECONDS = 0.2
 MOST_AWAY_SECONDS = 5.0
+MOST_AT_ONCE = 1_000
+"""Changes in one script call; see FLUSH in listener.py."""
 
 
 class Clock:
@@ -84,6 +86,8 @@ class Journal:
         self._enqueue = enqueue
         self._lock = asyncio.Lock()
         self._pending: list[Pending] = []
+        self._batch = 0
+        """How many of the pending are in the batch whose fate is open: it must not grow until it is known."""
         self._clean_at = datetime.now(UTC)
         self.filtered: Counter[str] = Counter()
         self.trouble: str | None = None
@@ -126,9 +130,11 @@ class Journal:
     async def _write(self) -> None:
         delay = AWAY_SECONDS
         while self._pending:
+            # Changes are added while a flush waits for Redis: they belong to the next batch.
+            self._batch = self._batch or self._next_batch()
             self._stage()
             try:
-                cold = await self._writer.flush(time.time())
+                cold = await self._writer.flush()
                 self._settle()
                 for lane in cold:
                     await self._enqueue(lane)
@@ -142,10 +148,17 @@ class Journal:
             except (RedisError, OSError) as error:
                 delay = await self._away(error, delay)
 
+    def _next_batch(self) -> int:
+        """Count off a batch; what has one position stays together, for a batch is known by its last one."""
+        pending, size = self._pending, min(len(self._pending), MOST_AT_ONCE)
+        while size < len(pending) and pending[size].position == pending[size - 1].position:
+            size += 1
+        return size
+
     def _stage(self) -> None:
         """Turn what is pending into entries; again after a change of generation, for they name each other."""
         self._writer.unstage()
-        for one in self._pending:
+        for one in self._pending[: self._batch]:
             if one.handler.kind == "derive":
                 for number in dict.fromkeys(one.lanes):
                     keys = [key for key, lane in zip(one.keys, one.lanes, strict=True) if lane == number]
@@ -169,8 +182,9 @@ class Journal:
         )
 
     def _settle(self) -> None:
-        self.written += len(self._pending)
-        self._pending = []
+        self.written += self._batch
+        del self._pending[: self._batch]
+        self._batch = 0
         if self.trouble is not None:
             log.info("Redis is back")
             self.trouble = None
@@ -190,6 +204,8 @@ class Journal:
         Raises:
             LeaseLostError: another listener has taken over.
         """
+        if self._lock.locked():
+            return  # a flush is under way, and finds out by itself; it may wait for Redis for long
         async with self._lock:
             try:
                 await self._writer.check()
@@ -225,7 +241,8 @@ class Journal:
                 row = (
                     await connection.execute(
                         text(
-                            "select lsn, ordinal from tailrace.lanes where handler = :handler and lane = :lane"
+                            "select lsn, ordinal from tailrace.lanes"
+                            " where handler = :handler and lane = :lane"
                         ),
                         {"handler": lane.handler, "lane": lane.number},
                     )
@@ -236,7 +253,9 @@ class Journal:
     async def _begin_generation(self, cause: str) -> None:
         """Go on under a new name, and record what the old lanes may have held as a gap."""
         old = self._writer.generation
-        floor = self._clock.next()
+        # What is pending keeps its positions: a batch of unknown fate may have been applied from the old
+        # lanes, and only its positions tell so. The floor is the last position before it.
+        floor = self._writer.last
         writer = LaneWriter(self._lanes, lease.new_name(), self._token, floor)
         try:
             await writer.begin()
@@ -246,8 +265,6 @@ class Journal:
         await self._put_in_force(writer, floor, cause)
         log.error("gap", cause=cause, tables=len(self._tables))
         self._writer = writer
-        # Positions must rise within a generation, and what is pending was numbered before its floor.
-        self._pending = [one._replace(position=position) for one, position in self._renumbered()]
         try:
             await writer.retire(old)
         except (RedisError, OSError):
@@ -266,13 +283,6 @@ class Journal:
                 await asyncio.sleep(MOST_AWAY_SECONDS / 5)
             else:
                 return
-
-    def _renumbered(self) -> list[tuple[Pending, Position]]:
-        numbers: dict[Position, Position] = {}
-        for one in self._pending:
-            if one.position not in numbers:
-                numbers[one.position] = self._clock.next()
-        return [(one, numbers[one.position]) for one in self._pending]
 
     async def backlog(self) -> Backlog:
         """Count what is written and not yet applied."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from redis.asyncio import Redis
 
+from worker import lane_scripts
 from worker.change import Position
 
 if TYPE_CHECKING:
@@ -29,9 +30,15 @@ if TYPE_CHECKING:
 LEFT_OVER_SECONDS = 86_400
 """Lanes of an old generation are kept for a day, for people who want to look."""
 CLAIM_SECONDS = 5
-"""A worker that has not renewed its key for so long is dead, and its lanes are anybody's."""
+"""A worker that has not renewed its key for so long is dead; its lanes are anybody's."""
 QUEUED_MS = 2_000
 """A wake-up job that has not started by then is taken for lost."""
+
+
+AT_ONCE = 100
+"""Entries asked for in one command."""
+MOST_BYTES = 8 * 1024 * 1024
+"""Entries of so many bytes are enough for one pass; a change of Realtime may have a megabyte."""
 
 
 class Lane(NamedTuple):
@@ -89,95 +96,6 @@ class LeaseLostError(Exception):
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Entry)
 
-# A batch is written only where the generation's token and last id are the caller's: whatever happened to Redis
-# (FLUSHALL, an older copy promoted, a second listener), a refusal is seen here and never read as "duplicate".
-# The script then claims the lanes that no living worker drains and returns them: they need an arq job.
-_WAKE = """
-local function wake(names, claims, prefix, now)
-  local cold, warm = {}, {}
-  for _, name in ipairs(names) do
-    local claim = redis.call('HGET', claims, name)
-    local queued = claim and string.match(claim, '^queued:(%d+)$')
-    if queued and tonumber(queued) + tonumber(ARGV[5]) > now then
-      -- its job is on the way
-    elseif claim and not queued and redis.call('EXISTS', prefix .. ':worker:' .. claim) == 1 then
-      warm[claim] = (warm[claim] and (warm[claim] .. '\\n') or '') .. name
-    else
-      redis.call('HSET', claims, name, 'queued:' .. now)
-      cold[#cold + 1] = name
-    end
-  end
-  for worker, list in pairs(warm) do
-    redis.call('PUBLISH', prefix .. ':bell:' .. worker, list)
-  end
-  return cold
-end
-"""
-_ADD = (
-    _WAKE
-    + """
-local base, prefix, now = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local have = redis.call('HMGET', base .. ':meta', 'token', 'last')
-if have[1] ~= ARGV[4] then return {'token', have[1] or ''} end
-if have[2] ~= ARGV[6] then return {'last', have[2] or ''} end
-local names = {}
-for i = 8, #ARGV - 1, 3 do
-  local name = ARGV[i]
-  redis.call('XADD', base .. ':lane:' .. name, ARGV[i + 1], 'e', ARGV[i + 2])
-end
-local tops = cmsgpack.unpack(ARGV[#ARGV])
-for i = 1, #tops, 2 do
-  redis.call('HSET', base .. ':tops', tops[i], tops[i + 1])
-  names[#names + 1] = tops[i]
-end
-redis.call('HSET', base .. ':meta', 'last', ARGV[7])
-return {'added', unpack(wake(names, KEYS[1], prefix, now))}
-"""
-)
-_RING = (
-    _WAKE
-    + """
-return wake(cmsgpack.unpack(ARGV[4]), KEYS[1], ARGV[2], tonumber(ARGV[3]))
-"""
-)
-# Lanes with entries above what is applied, which nobody seems to drain: wake-ups may be lost, lanes may not.
-_SWEEP = (
-    _WAKE
-    + """
-local tops = redis.call('HGETALL', ARGV[1] .. ':tops')
-local passed = {}
-local list = redis.call('HGETALL', ARGV[1] .. ':passed')
-for i = 1, #list, 2 do passed[list[i]] = tonumber(string.match(list[i + 1], '^(%d+)')) end
-local names = {}
-for i = 1, #tops, 2 do
-  local count = tonumber(string.match(tops[i + 1], ' (%d+) '))
-  if count > (passed[tops[i]] or 0) then names[#names + 1] = tops[i] end
-end
-return wake(names, KEYS[1], ARGV[2], tonumber(ARGV[3]))
-"""
-)
-_CLAIM = """
-local claim = redis.call('HGET', KEYS[1], ARGV[1])
-if claim and claim ~= ARGV[3] and not string.match(claim, '^queued:')
-   and redis.call('EXISTS', ARGV[2] .. ':worker:' .. claim) == 1 then
-  return 0
-end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
-return 1
-"""
-# A claim is given back only when nothing has come meanwhile; otherwise the wake-up that came would be lost.
-_RELEASE = """
-if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 1 end
-local top = redis.call('HGET', ARGV[3] .. ':tops', ARGV[1])
-if ARGV[4] == '0' and top then
-  local passed = redis.call('HGET', ARGV[3] .. ':passed', ARGV[1])
-  local count = passed and tonumber(string.match(passed, '^(%d+)')) or 0
-  if tonumber(string.match(top, ' (%d+) ')) > count then return 0 end
-end
-redis.call('HDEL', KEYS[1], ARGV[1])
-return 1
-"""
-
 
 class Top(NamedTuple):
     """The last entry of a lane, as its writer remembers it."""
@@ -201,11 +119,12 @@ class Lanes:
         self.redis = redis
         self.prefix = prefix
         script = redis.register_script
-        self._add: AsyncScript = script(_ADD)
-        self._ring: AsyncScript = script(_RING)
-        self._sweep: AsyncScript = script(_SWEEP)
-        self._claim: AsyncScript = script(_CLAIM)
-        self._release: AsyncScript = script(_RELEASE)
+        self._add: AsyncScript = script(lane_scripts.ADD)
+        self._ring: AsyncScript = script(lane_scripts.RING)
+        self._sweep: AsyncScript = script(lane_scripts.SWEEP)
+        self._claim: AsyncScript = script(lane_scripts.CLAIM)
+        self._release: AsyncScript = script(lane_scripts.RELEASE)
+        self._take_over: AsyncScript = script(lane_scripts.TAKE_OVER)
 
     def base(self, generation: str) -> str:
         """Name what all keys of a generation begin with."""
@@ -227,19 +146,27 @@ class Lanes:
     # Reading and trimming, for workers
 
     async def read(self, generation: str, lane: Lane, after: Position, most: int) -> list[Read]:
-        """Read at most so many entries above a position."""
-        start = f"{after.lsn}-{after.ordinal + 1}"
-        found = await self.redis.xrange(self.key(generation, lane), start, "+", most)
-        return [Read(Position.parse(id_.decode()), _DECODER.decode(fields[b"e"])) for id_, fields in found]
+        """Read entries above a position: at most so many, and not much more than MOST_BYTES."""
+        reads: list[Read] = []
+        size = 0
+        while len(reads) < most and size < MOST_BYTES:
+            start = _above(reads[-1].position if reads else after)
+            count = min(AT_ONCE, most - len(reads))
+            found = await self.redis.xrange(self.key(generation, lane), start, "+", count)
+            for id_, fields in found:
+                reads.append(Read(Position.parse(id_.decode()), _DECODER.decode(fields[b"e"])))
+                size += len(fields[b"e"])
+            if len(found) < count:
+                break
+        return reads
 
     async def trim(self, generation: str, lane: Lane, last: Read) -> None:
         """Forget what Postgres says is applied: the entries up to `last`."""
         await self._pass(generation, lane, last.position, f"{last.entry.count} {last.entry.size}")
 
     async def _pass(self, generation: str, lane: Lane, position: Position, passed: str) -> None:
-        above = f"{position.lsn}-{position.ordinal + 1}"
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.xtrim(self.key(generation, lane), minid=above, approximate=False)
+            pipe.xtrim(self.key(generation, lane), minid=_above(position), approximate=False)
             pipe.hset(f"{self.base(generation)}:passed", str(lane), passed)
             await pipe.execute()
 
@@ -280,21 +207,21 @@ class Lanes:
         start = f"{self.prefix}:worker:"
         return sorted([key.decode()[len(start) :] async for key in self.redis.scan_iter(f"{start}*")])
 
-    async def ring(self, generation: str, lanes: Iterable[Lane], now: float) -> list[Lane]:
+    async def ring(self, generation: str, lanes: Iterable[Lane]) -> list[Lane]:
         """Wake whoever drains these lanes; return those that need an arq job."""
         names = [str(lane) for lane in lanes]
         if not names:
             return []
-        arguments = [*self._arguments(generation, now), _ENCODER.encode(names), QUEUED_MS]
+        arguments = [*self._arguments(generation), _ENCODER.encode(names)]
         return [Lane.parse(name.decode()) for name in await self._ring(keys=[self.claims], args=arguments)]
 
-    async def sweep(self, generation: str, now: float) -> list[Lane]:
+    async def sweep(self, generation: str) -> list[Lane]:
         """Find lanes with work that nobody drains, and wake who should; return those that need a job."""
-        arguments = [*self._arguments(generation, now), "", QUEUED_MS]
+        arguments = self._arguments(generation)
         return [Lane.parse(name.decode()) for name in await self._sweep(keys=[self.claims], args=arguments)]
 
-    def _arguments(self, generation: str, now: float) -> list[str | int]:
-        return [self.base(generation), self.prefix, int(now * 1000)]
+    def _arguments(self, generation: str) -> list[str | int]:
+        return [self.base(generation), self.prefix, QUEUED_MS]
 
     # What is under way
 
@@ -315,6 +242,10 @@ class Lanes:
         """Read, for every lane, how many entries and bytes are applied."""
         found = await self.raw("HGETALL", f"{self.base(generation)}:passed")
         return {Lane.parse(name.decode()): Backlog(*map(int, value.split())) for name, value in found.items()}
+
+
+def _above(position: Position) -> str:
+    return f"{position.lsn}-{position.ordinal + 1}"
 
 
 def _top(value: bytes) -> Top:
@@ -350,10 +281,9 @@ class LaneWriter:
 
     async def take_over(self) -> bool:
         """Go on where an earlier listener of this generation ended; False where Redis has lost it."""
-        last = await self._lanes.raw("HGET", self.meta, "last")
+        last = await self._lanes._take_over(keys=[self.meta], args=[self._token])  # noqa: SLF001 - as in flush
         if last is None:
             return False
-        await self._lanes.raw("HSET", self.meta, "token", self._token)
         self._last = self._newest = last.decode()
         self._tops = await self._lanes.tops(self.generation)
         return True
@@ -411,7 +341,7 @@ class LaneWriter:
         """The last entry of every lane."""
         return self._tops
 
-    async def flush(self, now: float) -> list[Lane]:
+    async def flush(self) -> list[Lane]:
         """Write the batch; return the lanes that need an arq job.
 
         Safe to call again after a lost connection: a batch that had arrived is not written twice.
@@ -429,9 +359,8 @@ class LaneWriter:
         arguments: list[str | bytes | int] = [
             lanes.base(self.generation),
             lanes.prefix,
-            int(now * 1000),
-            self._token,
             QUEUED_MS,
+            self._token,
             self._last,
             self._newest,
             *self._staged,
@@ -442,7 +371,7 @@ class LaneWriter:
             self._judge(answer[1] or None, self._last.encode())
         if answer[0] == b"last" and answer[1].decode() != self._newest:
             raise LanesLostError("Redis holds an older copy of the lanes")
-        cold = [Lane.parse(name.decode()) for name in answer[1:]] if answer[0] == b"added" else []
+        cold = [Lane.parse(name.decode()) for name in answer[1]] if answer[0] == b"added" else []
         self._tops |= self._touched
         self._last = self._newest
         self._staged, self._touched = [], {}
