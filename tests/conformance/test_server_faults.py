@@ -174,6 +174,10 @@ async def test_a_restarted_database_leaves_channels_joined_and_silent(tmp_path: 
             writer.terminate()
             await listener.flush("fence1", PATIENCE)
             assert "fence1" in listener.fences, "heartbeats are answered while the database is away"
+            # The real server refuses it with 500: a deviation in the README.
+            async with connect(f"{server.url}/socket/websocket?apikey={apikey}&vsn=1.0.0") as other:
+                assert other.response is not None
+                assert other.response.status_code == 101
             await postgres.start()
             writer = await asyncpg.connect(postgres.dsn())
             await until_one_arrives(writer, listener, 2)
