@@ -1,0 +1,1 @@
+"""Examples that run: the demo, and what `make run` starts."""
