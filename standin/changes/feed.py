@@ -114,6 +114,8 @@ class ChangeFeed:
                     slot = await self._connection(stack)
                     self._checking = await self._connection(stack)
                     name = await self._create_slot(slot)
+                    # Known before anybody subscribes, or a table added meanwhile would pass unnoticed.
+                    await self._check_publication(self._checking)
                     self._live.set()
                     failures = 0
                     await self._poll(stack, slot, name)
@@ -239,14 +241,17 @@ class ChangeFeed:
         if self._published is not None and now - self._last_check < self._check_interval:
             return
         self._last_check = now
-        former, self._published = self._published, await published(work, self._publication)
-        if former is None or former == self._published:
-            return
-        for subscription in self._distribution.subscriptions():
-            await self._resubscribe(work, subscription)
+        found = await published(work, self._publication)
+        if self._published not in (None, found):
+            for subscription in self._distribution.subscriptions():
+                await self._resubscribe(work, subscription)
+        # Only now: what is broken off half-way is done again.
+        self._published = found
 
     async def _resubscribe(self, work: asyncpg.Connection, former: Subscription) -> None:
-        subscriber, claims = former.subscriber, self._claims[former.subscriber]
+        subscriber, claims = former.subscriber, self._claims.get(former.subscriber)
+        if claims is None:
+            return
         try:
             renewed = await check(work, self._publication, subscriber, former.bindings, claims)
         except BadSubscription as refusal:

@@ -1,6 +1,7 @@
 # ruff: noqa: ANN401 - fixtures of a conftest have no importable type
 """Who gets a change: names, events, filters, row security, refusals."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -242,15 +243,13 @@ async def test_unsubscribed_and_replaced_subscriptions_get_nothing(watch: Any, d
 
 
 async def test_publication_change_renews_subscriptions_and_tells(watching_with: Any, db: Any) -> None:
-    async with watching_with(publication_check_interval=0.01) as watch:
-        await db.execute(
-            "create table a (id int primary key); create table b (id int primary key);"
-            "alter publication supabase_realtime add table a"
-        )
+    await db.execute(
+        "create table a (id int primary key); create table b (id int primary key);"
+        "alter publication supabase_realtime add table a"
+    )
+    async with watching_with(publication_check_interval=0.01) as watch, asyncio.timeout(30):
         await watch.subscribe("wide", None)
         await watch.subscribe("narrow", "a")
-        while not watch.resubscribed.empty():
-            watch.resubscribed.get_nowait()
         await db.execute("alter publication supabase_realtime add table b")
         renewed = {await watch.resubscribed.get(), await watch.resubscribed.get()}
         assert renewed == {"wide", "narrow"}
