@@ -82,9 +82,9 @@ class Process:
             try:
                 line = json.loads(text)
             except ValueError:
-                line = {"event": text}
+                line = {"message": text}
             async with self._news:
-                self.lines.append(line if isinstance(line, dict) else {"event": text})
+                self.lines.append(line if isinstance(line, dict) else {"message": text})
                 self._news.notify_all()
         async with self._news:
             self._news.notify_all()
@@ -93,7 +93,7 @@ class Process:
         """Wait until a line with this event has been logged so many times; returns the last of them."""
 
         def found() -> list[dict[str, Any]]:
-            return [line for line in self.lines if event in str(line.get("event", ""))]
+            return [line for line in self.lines if event in str(line.get("message", ""))]
 
         async with asyncio.timeout(seconds), self._news:
             await self._news.wait_for(lambda: len(found()) >= times or self._reader.done())
@@ -275,8 +275,7 @@ async def project(
     )
     for row in published:
         await db.execute(f"alter publication supabase_realtime add table {row[0]}")
-    behaviour = behaviour or Behaviour(poll_interval=0.005)
-    async with Standin(url, jwt_secret=SECRET, behaviour=behaviour) as standin:
+    async with Standin(url, jwt_secret=SECRET, behaviour=behaviour, poll_interval=0.005) as standin:
         environment = _settings(url, servers.redis.url, standin.supabase_url, handlers)
         environment |= {"SUPABASE_SERVICE_ROLE_KEY": standin.service_role_key} | settings
         made = Project(servers, url, standin, db, environment)

@@ -3,20 +3,23 @@
 Decoding only; which entries, in which order and under which lock is the drain's business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.catalogue import Catalogue, Table
-from worker.change import Change, Position, RawChange
+from worker.change import Change, Position, RawChange, RawSource
 from worker.errors import MalformedChange
 from worker.held import HeldRow
 from worker.lanes import Read
 from worker.registry import Handler
 from worker.repair import build_changes
 from worker.values import from_canonical
+
+
+_SOURCES: Mapping[str, RawSource] = {"realtime": "realtime", "wal": "wal"}
 
 
 class KeyItem(NamedTuple):
@@ -47,7 +50,7 @@ class Decoder:
             first = handler.subscriptions[0]
             table = self._tables[first.schema, first.table]
             columns = first.lane_key or table.primary_key
-            self._types = tuple(table.columns[name].type for name in columns)
+            self._types = tuple(table.columns[name].value_type for name in columns)
 
     def key(self, key: bytes) -> Any:  # noqa: ANN401 - a value of whatever type the column has
         """Give a derive key its type."""
@@ -72,16 +75,21 @@ class Decoder:
 
     async def held(self, session: AsyncSession, row: HeldRow) -> Item:
         """Decode a held change for its next attempt."""
-        raw = _decode(row.source, row.payload)
-        entries = [(row.position, raw, row.attempts + 1)]
+        raw = _decode(row.kept.source, row.kept.payload)
+        position = row.kept.position
+        entries = [(position, raw, row.attempts + 1)]
         (change,) = await build_changes(session, self._table((raw.schema, raw.table)), entries)
-        return Item(Read(row.position, None), change)  # type: ignore[arg-type] # held changes have left their lane
+        return Item(Read(position, None), change)  # type: ignore[arg-type] # held changes have left their lane
 
     def _table(self, name: tuple[str, str]) -> Table:
-        return self._tables[name]
+        table = self._tables.get(name)
+        if table is None:
+            raise MalformedChange(f"a change of {name[0]}.{name[1]}, to which no handler subscribes any more")
+        return table
 
 
 def _decode(source: str, payload: bytes) -> RawChange:
-    if source == "realtime" or source == "wal":  # noqa: PLR1714 - narrows the type
-        return RawChange.decode(source, payload)
-    raise MalformedChange(f"unknown source {source!r}")
+    known = _SOURCES.get(source)
+    if known is None:
+        raise MalformedChange(f"unknown source {source!r}")
+    return RawChange.decode(known, payload)

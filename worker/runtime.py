@@ -4,6 +4,7 @@ What they do between opening and closing is in listener.py and jobs.py.
 """
 
 import asyncio
+import importlib.util
 import os
 import signal
 import sys
@@ -37,7 +38,6 @@ log = structlog.get_logger(__name__)
 
 ROOT = Path(__file__).parent.parent
 OWN_MIGRATIONS = ROOT / "migrations"
-EXAMPLE_MIGRATIONS = ROOT / "handlers" / "migrations"
 FORCE_SECONDS = 3.0
 
 
@@ -190,7 +190,9 @@ async def _supervise(commands: Sequence[Sequence[str]], seconds: float) -> int:
 
 
 def migrate(settings: Settings, sql: bool = False) -> int:  # noqa: FBT001, FBT002 - as the command line has it
-    """Bring tailrace's own tables up to date, and the examples' where their handlers are served.
+    """Bring tailrace's own tables up to date, and then those of the handlers' packages.
+
+    A package named in HANDLERS may have an Alembic environment in `migrations/`, with a version table of its own.
 
     Args:
         settings: where the database is.
@@ -226,9 +228,24 @@ async def _upgrade(engine: AsyncEngine, settings: Settings) -> None:
         await connection.execute(text("create schema if not exists tailrace"))
         await connection.run_sync(_run_alembic, OWN_MIGRATIONS)
         await _publish_canary(connection, settings.publication)
-    if "handlers" in settings.handlers and EXAMPLE_MIGRATIONS.is_dir():
+    for folder in _handlers_migrations(settings.handlers):
         async with engine.begin() as connection:
-            await connection.run_sync(_run_alembic, EXAMPLE_MIGRATIONS)
+            await connection.run_sync(_run_alembic, folder)
+
+
+def _handlers_migrations(modules: Sequence[str]) -> list[Path]:
+    """Find the Alembic environments of the packages of handlers."""
+    folders = []
+    for name in modules:
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            continue  # `listen` and `check` say so; migrating needs no handlers
+        for location in (spec.submodule_search_locations or ()) if spec else ():
+            folder = Path(location) / "migrations"
+            if (folder / "env.py").is_file():
+                folders.append(folder)
+    return folders
 
 
 async def _publish_canary(connection: AsyncConnection, publication: str) -> None:
