@@ -66,7 +66,6 @@ class Played:
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     closed: dict[str, int] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
-    late: list[str] = field(default_factory=list)
 
 
 async def play(script: Script, server: Server) -> Played:
@@ -197,10 +196,7 @@ class Player:
             if client is None:
                 continue
             if not await client.wait(client.has(counts), self._patience):
-                missing = counts - client.counts
-                if missing and (late := f"{name}: {dict(missing)}") not in self.seen.late:
-                    self.seen.late.append(late)
-                    self._patience = _LATE_PATIENCE
+                self._patience = _LATE_PATIENCE
 
     async def _open(self, conn: str, path: str, headers: tuple[tuple[str, str], ...]) -> None:
         try:

@@ -50,11 +50,15 @@ async def _execute(url: str, statement: str) -> None:
 
 
 @asynccontextmanager
-async def serving(database_url: str, settings: Mapping[str, Any] | None = None) -> AsyncIterator[Server]:
+async def serving(
+    database_url: str, settings: Mapping[str, Any] | None = None, faults: Mapping[str, Any] | None = None
+) -> AsyncIterator[Server]:
     """Run a stand-in that looks at the publication only when told to; `settings` are those of `Behaviour`."""
     # Never by itself: the real server looks every 60 s, at moments that no scenario can foresee.
     behaviour = Behaviour(**{"publication_check_interval": 86400.0, **(settings or {})})
     async with Standin(database_url, jwt_secret=JWT_SECRET, behaviour=behaviour) as standin:
+        for switch, value in (faults or {}).items():
+            setattr(standin.faults, switch, value)
         yield Server(
             url=standin.realtime_url.removesuffix("/realtime/v1"),
             database_url=database_url,
