@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from examples.demo.comparison import compare
 from examples.demo.database import GONE, Connection, connect, execute
@@ -266,9 +266,9 @@ def _health_url(line: Mapping[str, Any]) -> str | None:
 
 def _explained(error: BaseException) -> BaseException:
     """Choose the error that explains most: that of a child, else whichever came first."""
-    leaves = [error]
-    if isinstance(error, BaseExceptionGroup):
-        leaves = [_explained(one) for one in cast("tuple[BaseException, ...]", error.exceptions)]
+    # A group of errors is known by its parts.
+    parts: tuple[BaseException, ...] = getattr(error, "exceptions", ())
+    leaves = [_explained(part) for part in parts] or [error]
     first = next((one for one in leaves if isinstance(one, DemoError)), leaves[0])
     if isinstance(first, GONE):
         return DemoError(f"the demo's database went away ({first!r})")

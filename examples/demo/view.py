@@ -122,7 +122,8 @@ def _shop(shop: Shop, rate: float) -> Text:
 
 
 def _lag(lag: Lag) -> str:
-    return f"now {lag.latest}, {lag}, from the commit of a change to the commit of its derived row"
+    now = "" if lag.now is None else f"now {lag.latest}, "
+    return f"{now}{lag}, from the commit of a change to the commit of its derived row"
 
 
 def _listener(seen: Observation) -> Text:
