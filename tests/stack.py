@@ -28,7 +28,7 @@ from standin.embedded import EmbeddedPostgres, EmbeddedRedis, bootstrap_supabase
 
 ROOT = Path(__file__).parent.parent
 SECRET = "the secret of these tests, long enough for HS256"
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 30.0
 _TEMPLATE = "tailrace_template"
 _numbers = itertools.count(1)
 _template_made: set[int] = set()

@@ -5,6 +5,7 @@ asks for exactly that token, so a listener that slept through its lease finds ou
 """
 
 import secrets
+from datetime import datetime
 from typing import NamedTuple
 
 from sqlalchemy import text
@@ -81,6 +82,19 @@ async def set_generation(connection: AsyncConnection, token: str, generation: st
     parameters = {"token": token, "generation": generation, "lsn": floor.lsn, "ordinal": floor.ordinal}
     if (await connection.execute(_GENERATION, parameters)).one_or_none() is None:
         raise LeaseLostError("another listener has taken over")
+
+
+async def live_since(connection: AsyncConnection) -> datetime | None:
+    """Tell up to when the source was surely read before this start; None at the very first.
+
+    From then on it counts as read: a listener that is killed before it is subscribed leaves a gap too.
+    """
+    live_at: datetime | None = (
+        await connection.execute(text("select live_at from tailrace.source"))
+    ).scalar_one()
+    if live_at is None:
+        await connection.execute(text("update tailrace.source set live_at = clock_timestamp()"))
+    return live_at
 
 
 async def holder(connection: AsyncConnection) -> Holder | None:

@@ -157,7 +157,8 @@ class Listener:
         async with self._engine.connect() as connection:
             source = await positions.read_source(connection)
             greatest = await positions.greatest(connection)
-            live_at = (await connection.execute(text("select live_at from tailrace.source"))).scalar_one()
+            live_at = await lease.live_since(connection)
+            await connection.commit()
         writer, settled = await self._find_generation(source.generation, source.floor, token)
         last = writer.last if writer is not None else Position(0, 0)
         clock = Clock(max(greatest, source.floor, last))

@@ -44,7 +44,7 @@ async def log(change: Change, session: AsyncSession) -> None:
     row = change.record or change.old_record
     assert row is not None
     poisoned = await session.execute(
-        text("select from derived_poison where order_id = :id"), {"id": row["id"]}
+        text("select 1 from derived_poison where order_id = :id"), {"id": row["id"]}
     )
     if poisoned.first() is not None:
         raise ValueError("this order is poison")
