@@ -225,7 +225,12 @@ async def _template(postgres: EmbeddedPostgres) -> None:
     url = postgres.dsn(_TEMPLATE)
     await bootstrap_supabase(url)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "worker", "migrate", cwd=ROOT, env=_settings(url, "redis://127.0.0.1:1", "x", "y")
+        sys.executable,
+        "-m",
+        "worker",
+        "migrate",
+        cwd=ROOT,
+        env=_settings(url, "redis://127.0.0.1:1", "x", "y"),
     )
     assert await process.wait() == 0
     _template_made.add(id(postgres))
@@ -257,7 +262,7 @@ async def project(
 
     Args:
         servers: where.
-        tables: SQL that makes its tables; all of schema public are published, but those named `derived_…`.
+        tables: SQL that makes its tables; all of public are published, but those named `derived_…`.
         handlers: value of HANDLERS.
         behaviour: of the stand-in.
         settings: further environment.

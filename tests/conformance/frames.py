@@ -52,7 +52,7 @@ class Frame:
     schema: str | None
 
 
-def parse(raw: str) -> Any:  # noqa: ANN401 - any JSON value
+def parse(raw: str) -> Any:
     """Parse JSON with numbers kept digit by digit and without losing a repeated key in silence."""
     return json.loads(
         raw, parse_int=Number, parse_float=Number, parse_constant=Number, object_pairs_hook=_object
@@ -72,7 +72,7 @@ def normalise(raw: str, labels: Labels) -> Frame:
     return Frame(topic, event, render(message), commit, data["schema"] if data else None)
 
 
-def render(value: Any) -> str:  # noqa: ANN401 - any JSON value
+def render(value: Any) -> str:
     """Write a parsed value as JSON again, numbers digit by digit, long texts shortened."""
     if isinstance(value, Number):
         return str(value)
@@ -103,7 +103,7 @@ def _shorten(text: str) -> str:
     return f"<{len(text)} characters, {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
 
 
-def _change_of(payload: Any) -> dict[str, Any] | None:  # noqa: ANN401 - any JSON value
+def _change_of(payload: Any) -> dict[str, Any] | None:
     if not isinstance(payload, dict):
         return None
     # Channels joined the old way, by topic, get the data itself as payload.
@@ -113,7 +113,7 @@ def _change_of(payload: Any) -> dict[str, Any] | None:  # noqa: ANN401 - any JSO
     return None
 
 
-def _normalise_ids(payload: Any, labels: Labels) -> None:  # noqa: ANN401 - any JSON value
+def _normalise_ids(payload: Any, labels: Labels) -> None:
     if not isinstance(payload, dict):
         return
     response = payload.get("response")
@@ -137,7 +137,7 @@ def _normalise_change(data: dict[str, Any], labels: Labels) -> str | None:
     return commit
 
 
-def _shorten_columns(columns: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _shorten_columns(columns: Any) -> Any:
     if not isinstance(columns, list) or not all(
         isinstance(column, dict) and list(column) == ["name", "type"] for column in columns
     ):

@@ -59,11 +59,11 @@ class Watched:
         self.news = asyncio.Condition()
         self.told: list[asyncio.Task[None]] = []
 
-    def state(self, state: Any, _error: object) -> None:  # noqa: ANN401 - an enum of the client
+    def state(self, state: Any, _error: object) -> None:
         self.states.append(state.value)
         self._tell()
 
-    def payload(self, payload: Any) -> None:  # noqa: ANN401 - whatever the client hands over
+    def payload(self, payload: Any) -> None:
         self.payloads.append(payload["data"])
         self._tell()
 
@@ -93,7 +93,7 @@ async def watching(
     *,
     token: str = "",
     callback: Callback | None = None,
-    **options: Any,  # noqa: ANN401 - passed on
+    **options: Any,
 ) -> AsyncIterator[Watched]:
     """Subscribe with the Python client to one table, and end its tasks afterwards."""
     narrowed = {name: options.pop(name) for name in ("filter",) if name in options}
@@ -219,7 +219,7 @@ async def test_an_exception_in_a_callback_ends_the_reading_in_silence(
 ) -> None:
     seen = []
 
-    def callback(payload: Any) -> None:  # noqa: ANN401 - whatever the client hands over
+    def callback(payload: Any) -> None:
         seen.append(payload["data"]["record"]["v"])
         if seen[-1] == "boom":
             raise RuntimeError("callback failed")

@@ -48,7 +48,7 @@ class Driven:
         self.stdin, self.stdout = process.stdin, process.stdout
         self.events: list[dict[str, Any]] = []
 
-    def tell(self, **command: Any) -> None:  # noqa: ANN401 - JSON
+    def tell(self, **command: Any) -> None:
         self.stdin.write(json.dumps(command).encode() + b"\n")
 
     async def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Told:
 
 
 @asynccontextmanager
-async def asked(told: Told, **options: Any) -> AsyncIterator[httpx.AsyncClient]:  # noqa: ANN401 - handed on
+async def asked(told: Told, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
     async with (
         serve(health_app(told, **options), "127.0.0.1", 0) as served,
         httpx.AsyncClient(base_url=served.url, trust_env=False) as client,

@@ -126,7 +126,7 @@ def test_a_record_says_why_a_value_is_missing() -> None:
     assert record.missing == {"body": "the row is gone"}
 
 
-def change(**more: Any) -> Change:  # noqa: ANN401 - any field of a change
+def change(**more: Any) -> Change:
     return Change(position=Position(1, 2), schema="public", table="t", **{"type": "UPDATE", **more})
 
 
@@ -187,7 +187,7 @@ class Reversed(TypeDecorator[str]):
     impl = JSONB
     cache_ok = True
 
-    def process_result_value(self, value: Any, dialect: object) -> Any:  # noqa: ANN401, ARG002 - SQLAlchemy's signature
+    def process_result_value(self, value: Any, dialect: object) -> Any:  # noqa: ARG002 - SQLAlchemy's signature
         return None if value is None else value["text"][::-1]
 
 
@@ -251,7 +251,7 @@ def test_as_needs_a_row_and_its_key() -> None:
 def test_a_context_makes_the_supabase_client_when_first_asked() -> None:
     made: list[object] = []
 
-    def make() -> Any:  # noqa: ANN401 - stands for the client
+    def make() -> Any:
         made.append(object())
         return made[-1]
 

@@ -212,10 +212,10 @@ def catalogue(*tables: Table, publication_exists: bool = True) -> Catalogue:
     return Catalogue({(found.schema, found.name): found for found in tables}, publication_exists)
 
 
-async def handler(changes: Any, session: AsyncSession) -> None: ...  # noqa: ANN401 - serves as any kind of handler
+async def handler(changes: Any, session: AsyncSession) -> None: ...
 
 
-def judged(decorate: Callable[[Handlers], Any], *tables: Table, delivery: Any = "proven") -> list[str]:  # noqa: ANN401 - Literal
+def judged(decorate: Callable[[Handlers], Any], *tables: Table, delivery: Any = "proven") -> list[str]:
     on = Handlers()
     decorate(on)(handler)
     found = validate(on.handlers(), catalogue(*tables), delivery)

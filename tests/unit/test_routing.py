@@ -59,10 +59,10 @@ CATALOGUE = Catalogue(
 )
 
 
-async def handler(given: Any, session: AsyncSession) -> None: ...  # noqa: ANN401 - serves as any kind of handler
+async def handler(given: Any, session: AsyncSession) -> None: ...
 
 
-async def other(given: Any, session: AsyncSession) -> None: ...  # noqa: ANN401 - as above
+async def other(given: Any, session: AsyncSession) -> None: ...
 
 
 def router(*decorate: Decorate, lanes: int = LANES, catalogue: Catalogue = CATALOGUE) -> Router:

@@ -18,7 +18,7 @@ from worker.values.arrays import format_array, parse_array
 UTC = dt.UTC
 
 
-def decode(type_name: str, wire: str) -> Any:  # noqa: ANN401 - a value of any type
+def decode(type_name: str, wire: str) -> Any:
     function = decoder(type_name, "json")
     assert function is not None
     return function(wire.encode())

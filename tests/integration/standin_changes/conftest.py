@@ -1,4 +1,3 @@
-# ruff: noqa: ANN401 - fixtures of a conftest have no importable type
 """A real PostgreSQL for the whole session, and for each test a database of its own with a running feed."""
 
 import asyncio

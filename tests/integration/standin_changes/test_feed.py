@@ -1,4 +1,3 @@
-# ruff: noqa: ANN401 - fixtures of a conftest have no importable type
 """The feed over time: transactions, loss of the database, table changes, many rows."""
 
 import asyncio

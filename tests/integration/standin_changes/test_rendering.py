@@ -1,4 +1,3 @@
-# ruff: noqa: ANN401 - fixtures of a conftest have no importable type
 """The fast renderers give what Postgres gives, for whatever value."""
 
 import datetime as dt

@@ -1,4 +1,3 @@
-# ruff: noqa: ANN401 - fixtures of a conftest have no importable type
 """What a frame holds: identity, TOAST, keys, privileges, size."""
 
 import json

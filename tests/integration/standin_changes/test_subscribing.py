@@ -1,4 +1,3 @@
-# ruff: noqa: ANN401 - fixtures of a conftest have no importable type
 """Who gets a change: names, events, filters, row security, refusals."""
 
 import asyncio

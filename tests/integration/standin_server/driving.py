@@ -68,7 +68,7 @@ class Client:
     async def send(self, message: object) -> None:
         await self.socket.send(orjson.dumps(message), text=True)
 
-    async def receive(self) -> Any:  # noqa: ANN401 (JSON)
+    async def receive(self) -> Any:
         async with asyncio.timeout(10):
             return orjson.loads(await self.socket.recv())
 
@@ -92,7 +92,7 @@ class Client:
         message = {"topic": topic, "event": "phx_join", "payload": payload, "ref": ref}
         await self.send(message if join_ref is None else {**message, "join_ref": join_ref})
 
-    async def subscribe(self, topic: str = "realtime:a", *bindings: object, **options: Any) -> None:  # noqa: ANN401 (as join)
+    async def subscribe(self, topic: str = "realtime:a", *bindings: object, **options: Any) -> None:
         """Join and read the reply and the acknowledgement."""
         await self.join(topic, *bindings, **options)
         reply = await self.receive()
@@ -140,7 +140,7 @@ class Running:
         *,
         key: str = SERVICE_KEY,
         version: str = "1.0.0",
-        **options: Any,  # noqa: ANN401 (of the library)
+        **options: Any,
     ) -> AsyncIterator[Client]:
         defaults = {"compression": None, "ping_interval": None, "close_timeout": 1}
         async with connect(self.url(key, version), **{**defaults, **options}) as socket:

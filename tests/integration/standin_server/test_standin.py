@@ -57,7 +57,7 @@ class Heard:
     def __call__(self, item: object) -> None:
         self._items.put_nowait(item)
 
-    async def next(self) -> Any:  # noqa: ANN401 (payloads are the client's)
+    async def next(self) -> Any:
         async with asyncio.timeout(10):
             return await self._items.get()
 
