@@ -42,9 +42,11 @@ format: $(STAMP) ## write the code as `make check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: $(STAMP) ## write requirements.lock anew from pyproject.toml
+lock: $(STAMP) ## write both lock files anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 		--no-annotate --extra standin --extra dev pyproject.toml --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
+		--no-annotate --constraint requirements.lock pyproject.toml deploy/build.in --output-file deploy/requirements.lock
 
 clean: ## remove what set-up and tests made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

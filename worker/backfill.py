@@ -136,10 +136,9 @@ class Backfills:
         marks = ", ".join(
             f"cast(cast(:k{n} as text) as {table.columns[name].sql_cast})" for n, name in enumerate(primary)
         )
-        select = (
-            f"select {', '.join(f'{quote(name)}::text' for name in primary)},"
-            f" {', '.join(f'to_jsonb({quote(name)})::text' for name in columns)} from {table.sql_name}"
-        )
+        selected = [f"{quote(name)}::text" for name in primary]
+        selected += [f"to_jsonb({quote(name)})::text" for name in columns]
+        select = f"select {', '.join(selected)} from {table.sql_name}"  # noqa: S608 - quoted identifiers
         forms = [canonicalizer(table.columns[name].value_type) for name in columns]
         cursor, total = asked.cursor, 0
         while True:

@@ -95,7 +95,8 @@ def explain(error: BaseException) -> str:
         if state == "3F000":
             return "schema tailrace is missing: run `python -m worker migrate`"
     innermost = _chain(error)[-1]
-    return f"Postgres cannot be reached ({type(innermost).__name__}: {str(innermost).splitlines()[0] if str(innermost) else ''})"
+    words = next(iter(str(innermost).splitlines()), "")
+    return f"Postgres cannot be reached ({type(innermost).__name__}: {words})"
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -92,7 +92,7 @@ class WorkerProcess:
                 self._main.cancel()
 
     def _give_up_waiting(self) -> None:
-        """End the process although something does not: what is in flight is rolled back, and nothing is lost."""
+        """End the process although something does not: what is in flight is rolled back, nothing is lost."""
         log.warning("the drain took too long", seconds=self._settings.drain_seconds)
         os._exit(1 if self._failed else 0)
 

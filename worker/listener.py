@@ -149,7 +149,7 @@ class Listener:
         try:
             async with asyncio.timeout(2):
                 await asyncio.shield(lease.give_up(self._engine, token, source.sure_until))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - on the way out: the lease ends by itself anyway
             log.info("the lease ends by itself", error_class=type(error).__name__)
 
     async def _begin(self, token: str) -> tuple[Journal, int, datetime | None]:
@@ -192,7 +192,10 @@ class Listener:
     async def _find_generation(
         self, generation: str | None, floor: Position, token: str
     ) -> tuple[LaneWriter | None, bool]:
-        """Take over the generation that Postgres names, where Redis still has it; and tell whether it is all applied."""
+        """Take over the generation that Postgres names, where Redis still has it.
+
+        Returns its writer, or None; and whether nothing is under way.
+        """
         if generation is None:
             return None, True
         writer = LaneWriter(self._lanes, generation, token, floor)
@@ -311,7 +314,7 @@ class Listener:
         journal = self._journal
         if journal is None:
             raise LanesLostError("the listener does not listen")
-        while (await journal.backlog()).entries > self._settings.max_backlog // 2:
+        while (await journal.backlog()).entries > self._settings.max_backlog // 2:  # noqa: ASYNC110 - Redis sends no event
             await asyncio.sleep(FULL_SECONDS)
         if keys:
             await journal.put_keys(handler, keys)

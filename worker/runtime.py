@@ -163,7 +163,7 @@ def arq_command() -> list[str]:
 
 
 async def _supervise(commands: Sequence[Sequence[str]], seconds: float) -> int:
-    """Run commands side by side; when a signal comes or one ends, end them all. Returns the worst exit code."""
+    """Run commands side by side; when a signal comes or one ends, end them all. Returns the worst code."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -192,7 +192,7 @@ async def _supervise(commands: Sequence[Sequence[str]], seconds: float) -> int:
 def migrate(settings: Settings, sql: bool = False) -> int:  # noqa: FBT001, FBT002 - as the command line has it
     """Bring tailrace's own tables up to date, and then those of the handlers' packages.
 
-    A package named in HANDLERS may have an Alembic environment in `migrations/`, with a version table of its own.
+    A package named in HANDLERS may have an Alembic environment in `migrations/`, with its own version table.
 
     Args:
         settings: where the database is.
@@ -253,8 +253,8 @@ async def _publish_canary(connection: AsyncConnection, publication: str) -> None
     row = (
         await connection.execute(
             text(
-                "select p.puballtables, exists (select from pg_publication_tables t where t.pubname = p.pubname"
-                " and t.schemaname = 'tailrace' and t.tablename = 'canary')"
+                "select p.puballtables, exists (select from pg_publication_tables t"
+                " where t.pubname = p.pubname and t.schemaname = 'tailrace' and t.tablename = 'canary')"
                 " from pg_publication p where p.pubname = :name"
             ),
             {"name": publication},

@@ -21,13 +21,16 @@ from worker.queue import connection_pool
 
 _HANDLERS = text(
     "select h.name, h.state, h.filtered, coalesce(sum(l.applied), 0)::bigint"
-    " from tailrace.handlers h left join tailrace.lanes l on l.handler = h.name group by h.name order by h.name"
+    " from tailrace.handlers h left join tailrace.lanes l on l.handler = h.name"
+    " group by h.name order by h.name"
 )
 _HELD = text(
-    "select handler, status, sum(changes)::bigint, min(first_failed_at) from tailrace.held group by handler, status"
+    "select handler, status, sum(changes)::bigint, min(first_failed_at) from tailrace.held"
+    " group by handler, status"
 )
 _GAPS = text(
-    "select id, since, until, cause, tables, state from tailrace.gaps where state = 'open' order by id desc limit 50"
+    "select id, since, until, cause, tables, state from tailrace.gaps where state = 'open'"
+    " order by id desc limit 50"
 )
 _BACKFILLS = text(
     "select id, handler, schema_name || '.' || table_name, state, keys, asked_at from tailrace.backfills"
