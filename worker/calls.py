@@ -1,11 +1,11 @@
 """Calling a handler: with what, for how long, in whose session, and what a failure spoils.
 
-A call is first tried for the whole batch at once. Where that fails the batch is applied again with savepoints,
-so that only the guilty wait and the innocent of the same batch are applied in the same transaction.
+A call is first tried for the whole batch at once. Where that fails the batch is applied again with
+savepoints, so that only the guilty wait and the innocent are applied in the same transaction.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import text
@@ -31,7 +31,17 @@ class LaneBlockedError(Exception):
 
 
 class TransactionSpoiltError(Exception):
-    """A call took the transaction with it (its connection had to be closed); the culprit is remembered."""
+    """A call took the transaction with it: its connection had to be closed.
+
+    Attributes:
+        spoiler: identity of the culprit, None where the call had several items.
+        failure: what it did.
+    """
+
+    def __init__(self, spoiler: object, failure: Failure) -> None:
+        super().__init__(failure.error_class)
+        self.spoiler = spoiler
+        self.failure = failure
 
 
 class Caller:
@@ -82,6 +92,8 @@ class Outcome(Generic[Item]):
         self.failed: list[tuple[Item, Failure]] = []
         self.behind: list[Item] = []
         """Not tried: an item before it with one of its keys failed."""
+        self.untried: list[Item] = []
+        """Not tried: they came after one that takes the transaction with it, and will be called alone."""
         self.blocked: set[bytes] = set()
 
 
@@ -92,20 +104,21 @@ class Isolation(Generic[Item]):
         self,
         session: AsyncSession,
         *,
-        call: Callable[[Sequence[Item]], Any],
+        call: Callable[[Sequence[Item]], Awaitable[None]],
         keys: Callable[[Item], Iterable[bytes]],
         judge: Callable[[Item, BaseException], Failure | None],
-        condemned: Callable[[Item], Failure | None],
-        condemn: Callable[[Item, Failure], None],
+        identity: Callable[[Item], object],
+        spoilers: Mapping[object, Failure],
         together: bool,
     ) -> None:
         self._session = session
         self._call = call
         self._keys = keys
         self._judge = judge
-        self._condemned = condemned
-        self._condemn = condemn
+        self._identity = identity
+        self._spoilers = spoilers
         self._together = together
+        self._ended = False
         self.outcome: Outcome[Item] = Outcome()
 
     async def apply(self, items: Sequence[Item]) -> None:
@@ -113,7 +126,7 @@ class Isolation(Generic[Item]):
 
         Raises:
             LaneBlockedError: the database is away.
-            TransactionSpoiltError: apply them again in a new transaction; the culprit is known by then.
+            TransactionSpoiltError: apply them again in a new transaction, with this spoiler known.
         """
         free = [item for item in items if not self._holds_back(item)]
         if not free:
@@ -122,12 +135,17 @@ class Isolation(Generic[Item]):
             for item in free:
                 await self.apply([item])
             return
-        if len(free) == 1 and (known := self._condemned(free[0])) is not None:
+        if len(free) == 1 and (known := self._spoilers.get(self._identity(free[0]))) is not None:
+            # Whatever comes after may do the same, and all done so far would be undone once more.
+            self._ended = True
             self._fail(free[0], known)
+            return
+        if self._ended:
+            self.outcome.untried += free
             return
         try:
             await self._in_savepoint(free)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is judged
             await self._after_failure(free, error)
         else:
             self.outcome.applied += free
@@ -152,10 +170,9 @@ class Isolation(Generic[Item]):
         failure = self._judge(items[0], error)
         if failure is None:
             raise LaneBlockedError from error
-        if len(items) == 1:
-            self._condemn(items[0], failure)
         if not await self._usable():
-            raise TransactionSpoiltError from error
+            spoiler = self._identity(items[0]) if len(items) == 1 else None
+            raise TransactionSpoiltError(spoiler, failure) from error
         if len(items) == 1:
             self._fail(items[0], failure)
             return

@@ -1,9 +1,9 @@
 """Which lanes this worker drains, and when: claims, wake-ups, lingering and the sweep.
 
-A lane is drained by one arq job. The job takes the lane's claim, makes passes until the lane is empty, waits
-a little for more (so that a steady trickle costs no job each), and gives the claim back. Everything here is a
-hint that may be lost: every worker sweeps all lanes every two seconds, and a claim of a dead worker counts for
-nothing. Doing a lane twice, or at the same time, is harmless: the lane's row in Postgres decides.
+A lane is drained by one arq job. The job takes the lane's claim, makes passes until the lane is empty,
+waits a little for more (so that a steady trickle costs no job each), and gives the claim back. Everything
+here is a hint that may be lost: every worker sweeps all lanes every two seconds, and a claim of a dead worker
+counts for nothing. Doing a lane twice, or at the same time, is harmless: the lane's row in Postgres decides.
 """
 
 import asyncio
@@ -12,14 +12,17 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
+import asyncpg
 import structlog
 from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import held, positions
-from worker.database import is_away
-from worker.drain import Drain, Pass, Progress
+from worker.database import explain
+from worker.drain import Drain
 from worker.lanes import CLAIM_SECONDS, Lane, Lanes
+from worker.passes import Pass, Progress
 
 log = structlog.get_logger(__name__)
 
@@ -27,9 +30,11 @@ SWEEP_SECONDS = 2.0
 LINGER_SECONDS = 5.0
 """How long a job waits at an empty lane before it ends."""
 TURN_SECONDS = 5.0
-"""How long a job keeps a lane that never empties before the lane is dealt anew, to whichever worker is free."""
+"""How long a job keeps a lane that never empties before it is dealt anew, to whichever worker is free."""
 MEETING_SECONDS = 0.02
 BUSY_SECONDS = 0.05
+MOST_PATIENCE_SECONDS = 0.64
+"""The two above double with each pass in vain, up to this: what is waited for rings, or may take long."""
 AWAY_SECONDS = 1.0
 
 Enqueue = Callable[[Lane], Awaitable[None]]
@@ -56,6 +61,8 @@ class Draining:
         self._slots = asyncio.Semaphore(at_once)
         self._bells: dict[Lane, asyncio.Event] = {}
         self._generation: str | None = None
+        """As the last sweep found it."""
+        self._trouble = ""
         self._idle = asyncio.Event()
         self._idle.set()
         self.queued = asyncio.Event()
@@ -82,6 +89,8 @@ class Draining:
             if await self._lanes.claim(lane, self.name):
                 handed_over = False
                 handed_over = await self._turn(drain, lane, bell)
+        except (RedisError, OSError) as error:
+            self._tell(f"Redis cannot be used ({type(error).__name__})")  # the sweep finds the lane again
         finally:
             if self._bells.get(lane) is bell:
                 del self._bells[lane]
@@ -94,6 +103,7 @@ class Draining:
     async def _turn(self, drain: Drain, lane: Lane, bell: asyncio.Event) -> bool:
         """Make passes; True where the claim has been given back already."""
         until = time.monotonic() + TURN_SECONDS
+        in_vain = 0
         while not self.stopping.is_set():
             bell.clear()
             async with self._slots:
@@ -103,7 +113,8 @@ class Draining:
                 return False
             if time.monotonic() > until and progress.ended is not Pass.EMPTY:
                 return await self._deal_anew(lane)
-            if progress.ended is Pass.MORE or await self._rest(bell, progress.ended):
+            in_vain = in_vain + 1 if progress.ended in (Pass.MEETING, Pass.BUSY) else 0
+            if progress.ended is Pass.MORE or await self._rest(bell, progress.ended, in_vain):
                 continue
             if progress.ended is Pass.EMPTY and await self._leave(lane, bell):
                 return True
@@ -117,7 +128,7 @@ class Draining:
         return True
 
     async def _leave(self, lane: Lane, bell: asyncio.Event) -> bool:
-        """Give back the claim of an empty lane; False, and the lane is kept, where entries have come meanwhile."""
+        """Give back the claim of an empty lane; False, and it is kept, where entries have come meanwhile."""
         # First the bell, then the claim: a job that comes in between finds the lane free here, not deaf.
         del self._bells[lane]
         if await self._lanes.release(self._generation or "", lane, self.name) or lane in self._bells:
@@ -126,6 +137,8 @@ class Draining:
         return False
 
     async def _follow(self, lane: Lane, progress: Progress) -> None:
+        if progress.ended is Pass.AWAY:
+            self._tell(progress.reason)
         if progress.applied:
             self.applied += progress.applied
         if progress.latest_at:
@@ -133,16 +146,18 @@ class Draining:
         if progress.wake:
             await self.wake(Lane(lane.handler, number) for number in progress.wake)
 
-    async def _rest(self, bell: asyncio.Event, ended: Pass) -> bool:
+    async def _rest(self, bell: asyncio.Event, ended: Pass, in_vain: int) -> bool:
         """Wait for the bell; True when it rang."""
         seconds = {
-            Pass.MEETING: MEETING_SECONDS,
-            Pass.BUSY: BUSY_SECONDS,
+            Pass.MEETING: min(MOST_PATIENCE_SECONDS, MEETING_SECONDS * 2.0 ** min(in_vain, 10)),
+            Pass.BUSY: min(MOST_PATIENCE_SECONDS, BUSY_SECONDS * 2.0 ** min(in_vain, 10)),
             Pass.AWAY: AWAY_SECONDS,
         }.get(ended, LINGER_SECONDS)
+        # News from the lane is no reason to ask a Postgres that is away, or a row that is locked.
+        awaited = self.stopping if ended in (Pass.BUSY, Pass.AWAY) else bell
         try:
             async with asyncio.timeout(seconds):
-                await bell.wait()
+                await awaited.wait()
         except TimeoutError:
             return False
         return True
@@ -166,7 +181,7 @@ class Draining:
             else:
                 elsewhere.append(lane)
         if elsewhere:
-            for lane in await self._lanes.ring(await self._current(), elsewhere):
+            for lane in await self._lanes.ring(elsewhere):
                 await self._enqueue(lane)
 
     async def listen(self) -> None:
@@ -176,9 +191,8 @@ class Draining:
             try:
                 async with self._lanes.redis.pubsub() as pubsub:
                     await pubsub.subscribe(bell, jobs)
-                    self._ring_all()  # whatever rang while nobody listened
                     async for message in pubsub.listen():
-                        self._heard(message)
+                        await self._heard(message)
             except (RedisError, OSError):
                 await asyncio.sleep(random.uniform(0.2, 1.0))  # noqa: S311 - jitter, not a secret
 
@@ -187,7 +201,10 @@ class Draining:
         for bell in self._bells.values():
             bell.set()
 
-    def _heard(self, message: Mapping[str, object]) -> None:
+    async def _heard(self, message: Mapping[str, object]) -> None:
+        if message["type"] == "subscribe":
+            # Also after the client has connected anew on its own: whatever rang meanwhile was not heard.
+            self._ring_all()
         if message["type"] != "message":
             return
         channel, data = message["channel"], message["data"]
@@ -197,9 +214,13 @@ class Draining:
             self.queued.set()
             return
         for name in data.decode().split("\n"):
-            bell = self._bells.get(Lane.parse(name))
-            if bell is not None:
+            lane = Lane.parse(name)
+            if (bell := self._bells.get(lane)) is not None:
                 bell.set()
+            elif not self.stopping.is_set():
+                # A claim of ours without a job: Redis was away when it was to be given back.
+                await self._lanes.release(self._generation or "", lane, self.name, always=True)
+                await self.wake([lane])
 
     # The sweep
 
@@ -212,45 +233,35 @@ class Draining:
 
     async def sweep(self) -> None:
         """Look every two seconds for lanes with work that nobody drains, for ever."""
-        told = ""
         while True:
             try:
                 await self._sweep_once()
-            except (RedisError, OSError) as error:
-                told = self._tell(told, "Redis", error)
-            except Exception as error:
-                if not is_away(error):
-                    raise
-                told = self._tell(told, "Postgres", error)
+            except RedisError as error:
+                self._tell(f"Redis cannot be used ({type(error).__name__})")
+            except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+                self._tell(explain(error))
             else:
-                if told:
-                    log.info("sweep goes on")
-                told = ""
+                self._tell("")
                 self.swept_at = time.time()
             await asyncio.sleep(SWEEP_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311 - jitter, not a secret
 
-    def _tell(self, told: str, what: str, error: Exception) -> str:
-        if told != what:
-            log.warning("sweep waits", reason=f"{what} cannot be reached", error_class=type(error).__name__)
-        return what
+    def _tell(self, trouble: str) -> None:
+        """Say once what is waited for, and once that it is back."""
+        if trouble and not self._trouble:
+            log.warning("the worker waits", reason=trouble)
+        elif self._trouble and not trouble:
+            log.info("the worker goes on")
+        self._trouble = trouble
 
     async def _sweep_once(self) -> None:
-        self._generation = None
-        generation = await self._current()
-        if not generation:
-            return
         async with self._engine.connect() as connection:
+            self._generation = (await positions.read_source(connection)).generation
+            if self._generation is None:
+                return
             due = await held.due_lanes(connection)
-        for lane in await self._lanes.sweep(generation):
+        for lane in await self._lanes.sweep(self._generation):
             await self._enqueue(lane)
         await self.wake(due)
-
-    async def _current(self) -> str:
-        """Read the generation; kept until the next sweep."""
-        if self._generation is None:
-            async with self._engine.connect() as connection:
-                self._generation = (await positions.read_source(connection)).generation
-        return self._generation or ""
 
     async def leave(self) -> None:
         """Say that this worker is gone, so that nobody waits for its key to expire."""

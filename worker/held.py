@@ -1,11 +1,12 @@
 """Changes that wait in Postgres: for a retry of their own, or behind an earlier one of their key.
 
-Rows are written in the transaction that moves the lane's position, and read under the lane's lock. What to
-do with a failure (how often, how long to wait) is decided in retries.py.
+Rows are written in the transaction that moves the lane's position, and read under the lane's lock. The order
+of a key is the order of ids. What waits for its own retry has a time at which it is due; what waits behind
+another has none, until it is the first of one of its keys (see `promote`). How often and how long is decided
+in retries.py.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import NamedTuple
 
 from sqlalchemy import text
@@ -15,37 +16,48 @@ from worker.change import Position
 from worker.lanes import Lane
 from worker.retries import Failure
 
-MOST_AT_ONCE = 200
-"""Held rows looked at in one pass over a lane: a long queue behind a key must not fill memory."""
+MOST_AT_ONCE = 50
+"""Held rows read at a time: many keys that are due together must not fill memory."""
+
+
+class Kept(NamedTuple):
+    """What is kept of a change, or of a derive handler's key."""
+
+    lanes: tuple[int, ...]
+    """In rising order; the first of them retries."""
+    keys: tuple[bytes, ...]
+    position: Position
+    source: str
+    """As in a lane's entry; "key" for the key of a derive handler."""
+    payload: bytes
+    changes: int = 1
+    """Changes for which it stands."""
 
 
 class HeldRow(NamedTuple):
     """A change that waits."""
 
     id: int
-    lanes: tuple[int, ...]
-    keys: tuple[bytes, ...]
-    position: Position
-    source: str
-    payload: bytes
-    changes: int
+    kept: Kept
     attempts: int
-    due: bool
 
 
-_SELECT = text(
-    "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts,"
-    " next_attempt_at is null or next_attempt_at <= clock_timestamp()"
-    " from tailrace.held where handler = :handler and :lane = any(lanes) and status = 'retrying'"
+# Only rows that nothing of their keys stands before: with several keys, one may be first and another not yet.
+_DUE = text(
+    "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts from tailrace.held h"
+    " where handler = :handler and lanes[1] = :lane and status = 'retrying'"
+    " and next_attempt_at <= clock_timestamp() and id <> all (cast(:seen as bigint[]))"
+    " and not exists (select from tailrace.held e where e.handler = h.handler and e.status <> 'dead'"
+    "  and e.id < h.id and e.keys && h.keys)"
     " order by id limit :most"
 )
 _KEYS = text(
-    "select distinct unnest(keys) from tailrace.held"
-    " where handler = :handler and lanes && :lanes and status <> 'dead'"
+    "select distinct k from tailrace.held h, unnest(h.keys) k"
+    " where h.handler = :handler and h.status <> 'dead' and h.keys && cast(:keys as text[])"
 )
 _INSERT = text(
-    "insert into tailrace.held (handler, lanes, keys, lsn, ordinal, source, payload, changes, attempts, status,"
-    " next_attempt_at, error_class, error, traceback, first_failed_at, last_failed_at)"
+    "insert into tailrace.held (handler, lanes, keys, lsn, ordinal, source, payload, changes, attempts,"
+    " status, next_attempt_at, error_class, error, traceback, first_failed_at, last_failed_at)"
     " values (:handler, :lanes, :keys, :lsn, :ordinal, :source, :payload, :changes, :attempts, :status,"
     " clock_timestamp() + make_interval(secs => :delay), :error_class, :error, :traceback,"
     " case when :attempts > 0 then clock_timestamp() end, case when :attempts > 0 then clock_timestamp() end)"
@@ -57,73 +69,80 @@ _FAILED = text(
     " first_failed_at = coalesce(first_failed_at, clock_timestamp()) where id = :id"
 )
 _ABSORB = text(
-    "update tailrace.held set changes = changes + :changes where id = ("
-    "select min(id) from tailrace.held where handler = :handler and :key = any(keys) and status <> 'dead')"
+    "update tailrace.held set changes = changes + :changes where id = (select min(id) from tailrace.held"
+    " where handler = :handler and status <> 'dead' and keys @> array[cast(:key as text)])"
 )
 _DELETE = text("delete from tailrace.held where id = :id")
-_DUE = text(
-    "select distinct handler, unnest(lanes) from tailrace.held"
-    " where status = 'retrying' and next_attempt_at <= clock_timestamp()"
+_PROMOTE = text(
+    "update tailrace.held set next_attempt_at = clock_timestamp()"
+    " where status = 'retrying' and next_attempt_at is null and id in ("
+    "  select (select min(h.id) from tailrace.held h where h.handler = :handler and h.status <> 'dead'"
+    "   and h.keys @> array[k]) from unnest(cast(:keys as text[])) k)"
+    " returning lanes[1]"
 )
-_NEXT = text("select min(next_attempt_at) from tailrace.held where handler = :handler and :lane = any(lanes)")
+_LANES = text(
+    "select distinct h.handler, h.lanes[1] from tailrace.held h join tailrace.handlers on name = h.handler"
+    " where h.status = 'retrying' and h.next_attempt_at <= clock_timestamp() and state = 'active'"
+)
 
 
-async def waiting(session: AsyncSession, lane: Lane) -> list[HeldRow]:
-    """Read what waits in a lane, in the order in which it is to be applied."""
+async def due(session: AsyncSession, lane: Lane, seen: Sequence[int]) -> list[HeldRow]:
+    """Read what this lane is to retry now, besides what it has seen; in the order of application."""
     connection = await session.connection()
-    parameters = {"handler": lane.handler, "lane": lane.number, "most": MOST_AT_ONCE}
-    found = await connection.execute(_SELECT, parameters)
+    parameters = {"handler": lane.handler, "lane": lane.number, "most": MOST_AT_ONCE, "seen": list(seen)}
+    found = await connection.execute(_DUE, parameters)
     return [
         HeldRow(
             row[0],
-            tuple(row[1]),
-            tuple(key.encode() for key in row[2]),
-            Position(row[3], row[4]),
-            row[5],
-            row[6] or b"",
-            row[7],
+            Kept(
+                tuple(row[1]),
+                tuple(key.encode() for key in row[2]),
+                Position(row[3], row[4]),
+                row[5],
+                row[6] or b"",
+                row[7],
+            ),
             row[8],
-            row[9],
         )
         for row in found
     ]
 
 
-async def held_keys(session: AsyncSession, handler: str, lanes: Sequence[int]) -> set[bytes]:
-    """List the lane keys that wait in any of these lanes."""
+async def held_keys(session: AsyncSession, handler: str, keys: Sequence[bytes]) -> set[bytes]:
+    """List the keys of all rows that wait with one of these keys."""
     connection = await session.connection()
-    found = await connection.execute(_KEYS, {"handler": handler, "lanes": list(lanes)})
+    texts = [key.decode() for key in keys]
+    found = await connection.execute(_KEYS, {"handler": handler, "keys": texts})
     return {row[0].encode() for row in found}
 
 
 async def hold(
-    session: AsyncSession,
-    handler: str,
-    *,
-    lanes: Sequence[int],
-    keys: Sequence[bytes],
-    position: Position,
-    source: str,
-    payload: bytes,
-    changes: int = 1,
-    failure: Failure | None = None,
+    session: AsyncSession, handler: str, kept: Kept, failure: Failure | None, *, at_once: bool = False
 ) -> None:
-    """Hold a change: after its own failure, or (without one) behind an earlier change of its key."""
+    """Hold a change: after its own failure, or (without one) behind an earlier change of its key.
+
+    Args:
+        session: holds the locks of its lanes.
+        handler: name of the handler.
+        kept: what to keep.
+        failure: of its attempt, if there was one.
+        at_once: it waits behind nothing: due now.
+    """
     connection = await session.connection()
     await connection.execute(
         _INSERT,
         {
             "handler": handler,
-            "lanes": list(lanes),
-            "keys": [key.decode() for key in keys],
-            "lsn": position.lsn,
-            "ordinal": position.ordinal,
-            "source": source,
-            "payload": payload,
-            "changes": changes,
+            "lanes": list(kept.lanes),
+            "keys": [key.decode() for key in kept.keys],
+            "lsn": kept.position.lsn,
+            "ordinal": kept.position.ordinal,
+            "source": kept.source,
+            "payload": kept.payload,
+            "changes": kept.changes,
             "attempts": 1 if failure else 0,
             "status": _status(failure),
-            "delay": failure.delay if failure else None,
+            "delay": failure.delay if failure else 0.0 if at_once else None,
             "error_class": failure.error_class if failure else None,
             "error": failure.error if failure else None,
             "traceback": failure.traceback if failure else None,
@@ -163,13 +182,13 @@ async def let_go(session: AsyncSession, row: HeldRow) -> None:
     await connection.execute(_DELETE, {"id": row.id})
 
 
+async def promote(session: AsyncSession, handler: str, keys: Sequence[bytes]) -> set[int]:
+    """Make the next rows of these keys due, after the first has gone; return the lanes that retry them."""
+    connection = await session.connection()
+    texts = [key.decode() for key in keys]
+    return {row[0] for row in await connection.execute(_PROMOTE, {"handler": handler, "keys": texts})}
+
+
 async def due_lanes(connection: AsyncConnection) -> list[Lane]:
     """List the lanes in which a retry is due."""
-    return [Lane(row[0], row[1]) for row in await connection.execute(_DUE)]
-
-
-async def next_attempt(connection: AsyncConnection, lane: Lane) -> datetime | None:
-    """Tell when the next retry of a lane is due."""
-    found = await connection.execute(_NEXT, {"handler": lane.handler, "lane": lane.number})
-    value: datetime | None = found.scalar_one()
-    return value
+    return [Lane(row[0], row[1]) for row in await connection.execute(_LANES)]

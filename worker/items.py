@@ -18,7 +18,6 @@ from worker.registry import Handler
 from worker.repair import build_changes
 from worker.values import from_canonical
 
-
 _SOURCES: Mapping[str, RawSource] = {"realtime": "realtime", "wal": "wal"}
 
 

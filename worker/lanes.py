@@ -207,12 +207,12 @@ class Lanes:
         start = f"{self.prefix}:worker:"
         return sorted([key.decode()[len(start) :] async for key in self.redis.scan_iter(f"{start}*")])
 
-    async def ring(self, generation: str, lanes: Iterable[Lane]) -> list[Lane]:
+    async def ring(self, lanes: Iterable[Lane]) -> list[Lane]:
         """Wake whoever drains these lanes; return those that need an arq job."""
         names = [str(lane) for lane in lanes]
         if not names:
             return []
-        arguments = [*self._arguments(generation), _ENCODER.encode(names)]
+        arguments = [*self._arguments(""), _ENCODER.encode(names)]
         return [Lane.parse(name.decode()) for name in await self._ring(keys=[self.claims], args=arguments)]
 
     async def sweep(self, generation: str) -> list[Lane]:

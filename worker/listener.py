@@ -21,7 +21,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from config.settings import Settings
-from worker import gaps, layout, lease, positions, status
+from worker import delivery, gaps, layout, lease, positions, status
 from worker.backfill import Backfills
 from worker.catalogue import Catalogue
 from worker.change import Position, RawChange
@@ -63,6 +63,7 @@ class Listener:
         self._handlers = tuple(handlers)
         self._catalogue = catalogue
         self._enqueue = enqueue
+        self._choice = delivery.choose(settings.delivery)
         self._holder = f"{socket.gethostname()}:{os.getpid()}"
         self._source: RealtimeSource | None = None
         self._journal: Journal | None = None
@@ -133,7 +134,12 @@ class Listener:
         backfills = Backfills(self._engine, self._handlers, self._catalogue, self._put_keys)
         self._journal, self._source, self._standing_by = journal, source, False
         log.info(
-            "listening", delivery="plain", tables=len(self._tables), handlers=len(self._handlers), lanes=lanes
+            "listening",
+            delivery=self._choice.delivery,
+            reason=self._choice.reason,
+            tables=len(self._tables),
+            handlers=len(self._handlers),
+            lanes=lanes,
         )
         try:
             async with asyncio.TaskGroup() as group:
@@ -420,6 +426,8 @@ class Listener:
             state["handlers"][name]["filtered"] += count
             state["handlers"][name]["read"] += count
         return state | {
+            "delivery": self._choice.delivery,
+            "reason": self._choice.reason,
             "ready": ready,
             "reasons": reasons,
             "realtime": {

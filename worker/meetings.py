@@ -6,40 +6,49 @@ all have arrived, applies it in a transaction that holds all their rows and move
 greater id, so no circle can form. Derive handlers need no meeting: each lane computes its own keys.
 """
 
-from sqlalchemy.ext.asyncio import AsyncSession
+import enum
 
 from worker import positions
 from worker.lanes import Lane, Read
-from worker.positions import LaneRow
+from worker.passes import Turn
 
 
-def other_lanes(read: Read, lane: Lane) -> set[int]:
-    """List the lanes of a change besides this one."""
-    return set(read.entry.lanes) - {lane.number}
+class Meeting(enum.Enum):
+    """How things stand with a change of several lanes."""
+
+    WAITING = "waiting"
+    """Another lane is to come, or to apply it."""
+    READY = "ready"
+    """All have arrived and are locked: this lane applies it."""
+    MISSED = "missed"
+    """Another lane has passed it, through a hole that is recorded as a gap: too late to apply it in order."""
 
 
-class Meeting:
-    """One change of several lanes, reached by one of them under its lock."""
+def other_lanes(read: Read, lane: Lane) -> list[int]:
+    """List the lanes of a change besides this one, in order."""
+    return sorted(set(read.entry.lanes) - {lane.number})
 
-    def __init__(self, session: AsyncSession, lane: Lane, row: LaneRow, read: Read) -> None:
-        self.session = session
-        self.lane = lane
-        self.read = read
-        self.others = other_lanes(read, lane)
-        self._row = row
 
-    async def all_arrived(self) -> bool:
-        """Take the other rows and see whether their lanes are here; else note that this one is.
+async def meet(turn: Turn, read: Read) -> Meeting:
+    """Note the lane's arrival at a change, and see whether it can be applied.
 
-        True only in the lowest lane: the others leave the change to it.
-
-        Raises:
-            sqlalchemy.exc.DBAPIError: with SQLSTATE 55P03 where another lane is being drained just now.
-        """
-        at = self.read.position
-        if self._row.arrived != at:
-            await positions.arrive(self.session, self.lane, at)
-        if self.lane.number != min(self.read.entry.lanes):
-            return False
-        rows = await positions.lock_others(self.session, self.lane.handler, sorted(self.others))
-        return len(rows) == len(self.others) and all(row.arrived == at for row in rows.values())
+    The others are woken once, by the arrival: lanes that woke each other while they wait for a third one
+    would never rest.
+    """
+    at, lane, session = read.position, turn.lane, turn.session
+    others = other_lanes(read, lane)
+    if turn.row.arrived != at:
+        await positions.arrive(session, lane, at)
+        turn.progress.wake.update(others)
+    # Positions only grow, and nobody moves past the change properly without the row that is locked here.
+    rows = await positions.look(session, lane.handler, others)
+    if any(row.position >= at for row in rows.values()):
+        return Meeting.MISSED
+    if lane.number > others[0]:
+        return Meeting.WAITING
+    rows = await positions.lock_others(session, lane.handler, others)
+    if any(row.position >= at for row in rows.values()):
+        return Meeting.MISSED
+    if len(rows) == len(others) and all(row.arrived == at for row in rows.values()):
+        return Meeting.READY
+    return Meeting.WAITING

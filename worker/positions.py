@@ -4,10 +4,10 @@ One row a lane, locked by whoever drains it and moved in the handler's own trans
 else, makes effects exactly-once. Nothing here decides what to apply.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from worker.change import Position
@@ -48,10 +48,13 @@ _LIMITS = (
 )
 _SET = text(f"select {_LIMITS}")
 _SET_ALL = text(f"select {_LIMITS}, set_config('transaction_timeout', :total, true)")
-_LOCK = text(
-    "select lsn, ordinal, arrived_lsn, arrived_ordinal, holding from tailrace.lanes"
-    " where handler = :handler and lane = :lane for update nowait"
+_READ = (
+    "select lane, lsn, ordinal, arrived_lsn, arrived_ordinal, holding from tailrace.lanes"
+    " where handler = :handler and lane = "
 )
+_LOCK = text(f"{_READ} :lane for update nowait")
+_LOCK_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update skip locked")
+_LOOK = text(f"{_READ} any (cast(:lanes as integer[]))")
 _SOURCE = text("select generation, floor_lsn, floor_ordinal, lanes, history from tailrace.source")
 _MOVE = text(
     "update tailrace.lanes set lsn = :lsn, ordinal = :ordinal,"
@@ -59,6 +62,9 @@ _MOVE = text(
     " arrived_ordinal = case when lsn = :lsn and ordinal = :ordinal then arrived_ordinal end,"
     " applied = applied + :applied, holding = holding + :holding, moved_at = clock_timestamp()"
     " where handler = :handler and lane = :lane"
+)
+_COUNT_HELD = text(
+    "update tailrace.lanes set holding = holding + :holding where handler = :handler and lane = :lane"
 )
 _ARRIVE = text(
     "update tailrace.lanes set arrived_lsn = :lsn, arrived_ordinal = :ordinal"
@@ -80,26 +86,31 @@ async def lock(session: AsyncSession, lane: Lane, limits: Limits) -> LaneRow | N
         await connection.execute(_SET_ALL, {"idle": str(limits.idle_ms), "total": str(limits.total_ms)})
     else:
         await connection.execute(_SET, {"idle": str(limits.idle_ms)})
-    return await _locked(connection, lane)
+    found = (await connection.execute(_LOCK, {"handler": lane.handler, "lane": lane.number})).one_or_none()
+    return None if found is None else _row(found)
 
 
 async def lock_others(session: AsyncSession, handler: str, lanes: Sequence[int]) -> dict[int, LaneRow]:
-    """Take the rows of further lanes, in lane order, without waiting."""
+    """Take the rows of further lanes, without waiting: those that somebody else holds are left out."""
+    return await _rows(session, _LOCK_OTHERS, handler, lanes)
+
+
+async def look(session: AsyncSession, handler: str, lanes: Sequence[int]) -> dict[int, LaneRow]:
+    """Read rows without taking them: what is seen of a position may have grown since."""
+    return await _rows(session, _LOOK, handler, lanes)
+
+
+async def _rows(
+    session: AsyncSession, statement: TextClause, handler: str, lanes: Sequence[int]
+) -> dict[int, LaneRow]:
     connection = await session.connection()
-    rows: dict[int, LaneRow] = {}
-    for number in sorted(lanes):
-        row = await _locked(connection, Lane(handler, number))
-        if row is not None:
-            rows[number] = row
-    return rows
+    found = await connection.execute(statement, {"handler": handler, "lanes": list(lanes)})
+    return {row[0]: _row(row) for row in found}
 
 
-async def _locked(connection: AsyncConnection, lane: Lane) -> LaneRow | None:
-    found = (await connection.execute(_LOCK, {"handler": lane.handler, "lane": lane.number})).one_or_none()
-    if found is None:
-        return None
-    arrived = None if found[2] is None else Position(found[2], found[3])
-    return LaneRow(Position(found[0], found[1]), arrived, found[4])
+def _row(found: Any) -> LaneRow:  # noqa: ANN401 - a row of text(), which has no types
+    arrived = None if found[3] is None else Position(found[3], found[4])
+    return LaneRow(Position(found[1], found[2]), arrived, found[5])
 
 
 async def read_source(connection: AsyncConnection | AsyncSession) -> SourceRow:
@@ -109,21 +120,26 @@ async def read_source(connection: AsyncConnection | AsyncSession) -> SourceRow:
 
 
 async def move(
-    session: AsyncSession, lanes: Iterable[Lane], to: Position, *, applied: int = 0, holding: int = 0
+    session: AsyncSession, lane: Lane, to: Position, *, applied: int = 0, holding: int = 0
 ) -> None:
-    """Move lanes to a position; the counters go to the first of them, `holding` to all."""
+    """Move a lane to a position (its own, where only the counters move), under its lock.
+
+    Args:
+        session: holds the lane's row.
+        lane: which.
+        to: never below where it is.
+        applied: changes applied with this.
+        holding: by how much the number of its held rows changes.
+    """
     connection = await session.connection()
-    for lane in lanes:
-        parameters = {
-            "handler": lane.handler,
-            "lane": lane.number,
-            "lsn": to.lsn,
-            "ordinal": to.ordinal,
-            "applied": applied,
-            "holding": holding,
-        }
-        await connection.execute(_MOVE, parameters)
-        applied = 0
+    parameters = {"lsn": to.lsn, "ordinal": to.ordinal, "applied": applied, "holding": holding}
+    await connection.execute(_MOVE, {"handler": lane.handler, "lane": lane.number} | parameters)
+
+
+async def count_held(session: AsyncSession, lane: Lane, holding: int) -> None:
+    """Count held rows that concern a lane besides the one that is drained, under its lock."""
+    connection = await session.connection()
+    await connection.execute(_COUNT_HELD, {"handler": lane.handler, "lane": lane.number, "holding": holding})
 
 
 async def arrive(session: AsyncSession, lane: Lane, at: Position) -> None:
@@ -142,12 +158,3 @@ async def greatest(connection: AsyncConnection) -> Position:
         )
     ).one_or_none()
     return Position(row[0], row[1]) if row else Position(0, 0)
-
-
-async def release_hold(session: AsyncSession, lane: Lane) -> None:
-    """Note that a held change that concerned this lane too need not wait any longer."""
-    connection = await session.connection()
-    await connection.execute(
-        text("update tailrace.lanes set holding = holding - 1 where handler = :handler and lane = :lane"),
-        {"handler": lane.handler, "lane": lane.number},
-    )

@@ -1,6 +1,7 @@
 """What a handler's failure means: whether it counts as an attempt, and how long the change waits.
 
-Pure: no clock, no database. Handlers state verdicts (`RetryLater`, `GiveUp`), everything else is classified here.
+Pure: no clock, no database. Handlers state verdicts (`RetryLater`, `GiveUp`), everything else is classified
+here.
 """
 
 import random
@@ -16,7 +17,7 @@ MOST_TEXT = 8_000
 
 
 class Backoff(NamedTuple):
-    """How long to wait after an attempt: `base × 2^n` seconds, at most `most`, with full jitter."""
+    """How long to wait after an attempt: `base * 2^n` seconds, at most `most`, with full jitter."""
 
     base: float
     most: float

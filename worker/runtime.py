@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from config.logging import configure_logging
 from config.settings import Settings
-from worker import loader
+from worker import delivery, loader
 from worker.database import explain, is_away, make_engine, wait_until_up
 from worker.errors import ConfigurationError
 from worker.jobs import announce
@@ -48,6 +48,7 @@ def listen(settings: Settings) -> int:
 
 
 async def _listen(settings: Settings) -> None:
+    delivery.choose(settings.delivery)
     loader.load(settings.handlers)  # what is wrong with the code is told before any waiting
     engine = make_engine(settings.database_url.get_secret_value(), name="tailrace listener", size=6)
     redis: Redis = Redis(connection_pool=connection_pool(settings.redis_url.get_secret_value()))

@@ -56,7 +56,7 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
     workers = await _from_redis(lanes, row[1], handlers)
     return {
         "delivery": row[0],
-        "reason": "plain delivery: Realtime's payloads",
+        "reason": None,
         "ready": False,
         "reasons": [],
         "version": version("tailrace"),

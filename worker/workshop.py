@@ -38,7 +38,7 @@ from worker.web import health_app, serve
 log = structlog.get_logger(__name__)
 
 AT_ONCE = 8
-"""Lanes drained at the same time by one process, each on a connection of its own: one core has no use for more."""
+"""Lanes drained at the same time by one process, each on its own connection: a core has no use for more."""
 DEAF_SECONDS = 10 * SWEEP_SECONDS
 
 

@@ -88,7 +88,7 @@ async def _examine_migrations(connection: AsyncConnection) -> Finding:
 
 def _examine_tables(settings: Settings, handlers: Sequence[Handler], catalogue: Catalogue) -> list[Finding]:
     """Judge the handlers against the tables, as the listener does at its start."""
-    delivery: Delivery = "proven" if settings.delivery == "proven" else "plain"
+    delivery: Delivery = "plain"
     problems = validate(handlers, catalogue, delivery, publication=settings.publication)
     findings = [_finding(problem) for problem in problems]
     subscribed = [table for name, table in catalogue.tables.items() if name != _CANARY]

@@ -1,0 +1,477 @@
+"""One pass: applied once and in order, with the position, or not at all."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import Date, bindparam, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tests.integration.mechanism.bench import Bench, at_once, item
+from worker import Change, GiveUp, Handlers, RetryLater
+from worker.lanes import Lane
+from worker.passes import Pass
+
+WRITE = text("insert into derived_log (handler, position, id, note) values (:handler, :position, :id, :note)")
+
+
+Fault = Callable[[AsyncSession], Awaitable[None]]
+
+
+async def write(session: AsyncSession, change: Change, handler: str = "one") -> None:
+    row = change.record if change.record is not None else change.old_record
+    assert row is not None
+    values = {"handler": handler, "position": str(change.position), "id": row["id"], "note": row["note"]}
+    await session.execute(WRITE, values)
+
+
+class Faults:
+    """What the handlers of a test do with which rows."""
+
+    def __init__(self) -> None:
+        self.by_note: dict[str, Fault | None] = {}
+        self.calls: list[Any] = []
+
+    async def meet(self, session: AsyncSession, note: str) -> None:
+        self.calls.append(note)
+        fault = self.by_note.get(note)
+        if fault is not None:
+            await fault(session)
+
+
+@pytest.fixture
+def faults() -> Faults:
+    return Faults()
+
+
+@pytest.fixture
+def on(faults: Faults) -> Handlers:
+    on = Handlers()
+
+    @on.change("items", name="one", lane_key="grp", timeout=0.5)
+    async def one(change: Change, session: AsyncSession) -> None:
+        await write(session, change)
+        row = change.record or change.old_record
+        assert row is not None
+        await faults.meet(session, row["note"])
+
+    return on
+
+
+async def fail(_: AsyncSession) -> None:
+    raise ValueError("no")
+
+
+async def fill(at: Bench, grp: int, ids: range, bad: dict[int, str] | None = None) -> Lane:
+    for id_ in ids:
+        at.take("items", item(id_, grp, (bad or {}).get(id_, "")))
+    await at.journal.flush()
+    return at.lane_of("one", item(1, grp))
+
+
+async def test_applies_once_and_in_order(at: Bench, on: Handlers) -> None:
+    await at.load(on)
+    lane = await fill(at, 1, range(40))
+    drain = at.drain("one")
+    assert (await drain.run(lane)).ended is Pass.MORE
+    assert (await drain.run(lane)).ended is Pass.EMPTY
+    assert (await drain.run(lane)).applied == 0
+    assert await at.log() == list(range(40))
+    assert await at.counters() == (40, 0, 0)
+    assert await at.redis.xlen(at.lanes.key(at.writer.generation, lane)) == 0
+
+
+async def test_a_pass_that_dies_at_any_statement_leaves_nothing_half(at: Bench, on: Handlers) -> None:
+    await at.load(on)
+    drain = at.drain("one")
+    lane = await fill(at, 1, range(3))
+    with at.killed_at(0) as statements:
+        await drain.run(lane)
+    assert statements[0] > 6
+    done = 3
+    for step in range(1, statements[0] + 1):
+        lane = await fill(at, 1, range(done, done + 3))
+        with at.killed_at(step):
+            progress = await drain.run(lane)
+        assert progress.ended is Pass.AWAY, step
+        assert await at.log() == list(range(done)), step
+        assert (await drain.run(lane)).applied == 3
+        done += 3
+        assert await at.log() == list(range(done)), step
+    assert await at.counters() == (done, 0, 0)
+
+
+async def test_a_lane_that_another_pass_has_is_busy(at: Bench, on: Handlers, faults: Faults) -> None:
+    await at.load(on)
+    lane = await fill(at, 1, range(1), {0: "slow"})
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: AsyncSession) -> None:
+        entered.set()
+        await leave.wait()
+
+    faults.by_note["slow"] = wait
+    first = asyncio.create_task(at.drain("one", timeout=30).run(lane))
+    await entered.wait()
+    assert (await at.drain("one").run(lane)).ended is Pass.BUSY
+    leave.set()
+    assert (await first).applied == 1
+    assert await at.log() == [0]
+
+
+async def test_two_drains_at_once_apply_once(at: Bench, on: Handlers) -> None:
+    await at.load(on)
+    lane = await fill(at, 1, range(200))
+    drains = [at.drain("one", batch=7) for _ in range(3)]
+    for _ in range(200):
+        await at_once(*(lambda drain=drain: drain.run(lane) for drain in drains))
+        if (await at.counters())[2] == 0:
+            break
+    assert await at.log() == list(range(200))
+
+
+async def test_a_hole_in_a_lane_is_a_recorded_gap_and_the_lane_goes_on(at: Bench, on: Handlers) -> None:
+    await at.load(on)
+    lane = await fill(at, 1, range(5))
+    key = at.lanes.key(at.writer.generation, lane)
+    ids = [found[0] for found in await at.redis.xrange(key)]
+    await at.redis.xdel(key, ids[1], ids[2])
+    await at.drain("one").run(lane)
+    assert await at.log() == [0, 3, 4]
+    gaps = await at.rows("gaps", "id, cause, tables")
+    assert [row[1:] for row in gaps] == [("entries of a lane were lost in Redis", ["public.items"])]
+
+
+async def test_a_pass_grows_while_it_is_quick_and_shrinks_when_it_is_slow(at: Bench, on: Handlers) -> None:
+    await at.load(on)
+    drain = at.drain("one", batch=100)
+    lane = await fill(at, 1, range(200))
+
+    async def applied(seconds: float, *, full: bool) -> int:
+        drain._adapt(seconds, full=full)
+        most = drain._most
+        assert (await drain.run(lane)).applied == most
+        drain._most = most
+        return most
+
+    assert await applied(0.1, full=True) == 64
+    assert await applied(10.0, full=True) == 16
+    assert await applied(10.0, full=False) == 4  # also one that was cancelled
+    assert await applied(0.1, full=False) == 4  # an empty pass says nothing about the handler
+    assert await applied(1.0, full=True) == 4
+    drain._most = 64
+    drain._adapt(0.1, full=True)
+    assert drain._most == 100
+
+
+async def _sql_error(session: AsyncSession) -> None:
+    await session.execute(text("select 1 / 0"))
+
+
+async def _swallowed(session: AsyncSession) -> None:
+    with contextlib.suppress(Exception):  # the very mistake this is about
+        await session.execute(text("select 1 / 0"))
+
+
+async def _wrong_type(session: AsyncSession) -> None:
+    # Refused by the driver before it is sent; the driver's class for that is also the one of lost connections.
+    await session.execute(text("select :day").bindparams(bindparam("day", type_=Date)), {"day": "no date"})
+
+
+async def _deferred(session: AsyncSession) -> None:
+    await session.execute(text("insert into derived_children values (1, 404)"))
+
+
+async def _slow_sql(session: AsyncSession) -> None:
+    await session.execute(text("select pg_sleep(10)"))
+
+
+async def _slow(_: AsyncSession) -> None:
+    await asyncio.sleep(10)
+
+
+@pytest.mark.parametrize("fault", [fail, _sql_error, _swallowed, _wrong_type, _deferred, _slow_sql, _slow])
+async def test_only_the_guilty_wait(at: Bench, on: Handlers, faults: Faults, fault: Fault) -> None:
+    await at.load(on)
+    faults.by_note["bad"] = fault
+    grps = [grp for grp in range(1, 60) if at.lane_of("one", item(1, grp)).number == 0][:3]
+    for n, grp in enumerate([*grps, *grps, *grps]):
+        at.take("items", item(n, grp, "bad" if n == 1 else ""))
+    await at.journal.flush()
+    drain, lane = at.drain("one"), Lane("one", 0)
+    while (await drain.run(lane)).ended is Pass.MORE:
+        pass
+    # Of the key of 1, whatever comes later waits behind it; all else is applied in this round.
+    assert await at.log() == [0, 2, 3, 5, 6, 8]
+    held = await at.db.fetch("select lsn, ordinal, attempts from tailrace.held order by id")
+    assert len(held) == 3
+    assert [row["attempts"] for row in held][1:] == [0, 0]
+    assert await at.holding_is_true()
+    assert await at.counters() == (6, 3, 0)
+    faults.by_note.clear()
+    await at.settle(drain)
+    assert (await at.log())[6:] == [1, 4, 7]
+    assert await at.counters() == (9, 0, 0)
+    assert await at.holding_is_true()
+
+
+async def test_many_changes_that_take_the_transaction_with_them_end_too(
+    at: Bench, on: Handlers, faults: Faults
+) -> None:
+    await at.load(on)
+    faults.by_note["bad"] = _slow_sql
+    lane = Lane("one", 0)
+    grps = [grp for grp in range(1, 60) if at.lane_of("one", item(1, grp)) == lane][:6]
+    for n, grp in enumerate(grps):
+        at.take("items", item(n, grp, "bad" if n in (1, 3, 4) else ""))
+    await at.journal.flush()
+    drain = at.drain("one")
+    while (await drain.run(lane)).ended is Pass.MORE:
+        pass
+    assert await at.log() == [0, 2, 5]
+    # Each is called with the whole batch, alone, and in a retry; not once for each of the others.
+    assert faults.calls.count("bad") <= 3 * 3
+
+
+async def test_verdicts(at: Bench, on: Handlers, faults: Faults) -> None:
+    await at.load(on)
+
+    async def later(_: AsyncSession) -> None:
+        raise RetryLater(3600)
+
+    async def never(_: AsyncSession) -> None:
+        raise GiveUp("never")
+
+    faults.by_note |= {"later": later, "never": never}
+    lane = await fill(at, 1, range(1), {0: "later"})
+    await fill(at, 1, range(1, 2))
+    other = next(grp for grp in range(2, 60) if at.lane_of("one", item(1, grp)) == lane)
+    await fill(at, other, range(10, 12), {10: "never"})
+    drain = at.drain("one")
+    assert (await drain.run(lane)).applied == 1
+    assert await at.log() == [11]
+    found = await at.rows("held", "id, status, next_attempt_at > now() + interval '50 minutes', error")
+    assert [row[1:] for row in found] == [
+        ("retrying", True, "retry later"),
+        ("retrying", None, None),
+        ("dead", None, "never"),
+    ]
+    assert (await drain.run(lane)).applied == 0
+    assert await at.holding_is_true()
+    assert await at.counters() == (1, 3, 0)
+
+
+async def test_what_waits_behind_a_dead_letter_goes_on(at: Bench, on: Handlers, faults: Faults) -> None:
+    await at.load(on)
+    faults.by_note["bad"] = fail
+    lane = await fill(at, 1, range(4), {0: "bad"})
+    drain = at.drain("one")
+    await drain.run(lane)
+
+    async def never(_: AsyncSession) -> None:
+        raise GiveUp("never")
+
+    faults.by_note["bad"] = never
+    await at.settle(drain)
+    assert await at.log() == [1, 2, 3]
+    assert await at.holding_is_true()
+    assert await at.counters() == (3, 1, 0)
+
+
+async def test_a_key_that_waits_holds_up_no_other_however_much_waits_behind_it(
+    at: Bench, on: Handlers, faults: Faults
+) -> None:
+    await at.load(on)
+
+    async def later(_: AsyncSession) -> None:
+        raise RetryLater(3600)
+
+    faults.by_note |= {"later": later, "bad": fail}
+    lane = await fill(at, 1, range(300), {0: "later"})
+    other = next(grp for grp in range(2, 60) if at.lane_of("one", item(1, grp)) == lane)
+    await fill(at, other, range(1000, 1002), {1000: "bad"})
+    drain = at.drain("one")
+    while (await drain.run(lane)).ended is Pass.MORE:
+        pass
+    faults.by_note["bad"] = None
+    await at.db.execute("update tailrace.held set next_attempt_at = now() where error_class = 'ValueError'")
+    await drain.run(lane)
+    assert await at.log() == [1000, 1001]
+
+
+async def test_held_changes_that_become_due_are_found_by_the_sweep(
+    at: Bench, on: Handlers, faults: Faults
+) -> None:
+    await at.load(on)
+    faults.by_note["bad"] = fail
+    lane = await fill(at, 1, range(3), {0: "bad"})
+    drain = at.drain("one")
+    await drain.run(lane)
+    faults.by_note.clear()
+    worker = at.worker("w")
+    await at.redis.delete(at.lanes.claims)
+    at.enqueued.clear()
+    await worker._sweep_once()
+    assert at.enqueued == []
+    await at.make_due()
+    await worker._sweep_once()
+    assert at.enqueued == [lane]
+    await drain.run(lane)
+    assert await at.log() == [0, 1, 2]
+
+
+async def test_a_change_that_cannot_be_decoded_waits_and_holds_up_no_other_key(
+    at: Bench, on: Handlers
+) -> None:
+    await at.load(on)
+    lane = Lane("one", 0)
+    grps = [grp for grp in range(1, 60) if at.lane_of("one", item(1, grp)) == lane][:2]
+    await fill(at, grps[0], range(1))
+    handler = at.handlers[0]
+    for payload in (b"{}", b'{"schema":"public","table":"gone","type":"INSERT","columns":[],"record":{}}'):
+        key = f'["{grps[1]}"]'.encode()
+        at.writer.stage(
+            lane,
+            at.journal._clock.next(),
+            lanes=(0,),
+            keys=(key,),
+            source="realtime",
+            payload=payload,
+            at=0.0,
+        )
+        await at.writer.flush()
+    await fill(at, grps[0], range(1, 2))
+    await fill(at, grps[1], range(2, 3))
+    await at.drain(handler.name).run(lane)
+    assert await at.log() == [0, 1]
+    assert await at.count("tailrace.held where status = 'retrying'") == 3
+    assert await at.holding_is_true()
+
+
+async def test_a_list_handler_is_taken_apart(at: Bench) -> None:
+    on, sizes = Handlers(), []
+    bad = {5}
+
+    @on.change("items", name="many", batch=10, lane_key="grp")
+    async def many(changes: list[Change], session: AsyncSession) -> None:
+        sizes.append(len(changes))
+        for change in changes:
+            await write(session, change)
+        if any(change.record is not None and change.record["id"] in bad for change in changes):
+            raise ValueError("one of them")
+
+    await at.load(on)
+    grps = [grp for grp in range(1, 200) if at.lane_of("many", item(1, grp)).number == 0][:20]
+    for n, grp in enumerate(grps):
+        at.take("items", item(n, grp))
+    await at.journal.flush()
+    drain = at.drain("many")
+    await drain.run(Lane("many", 0))
+    assert await at.log() == [n for n in range(20) if n != 5]
+    assert max(sizes) == 10
+    bad.clear()
+    await at.settle(drain)
+    assert (await at.log())[-1] == 5
+
+
+class _Keys:
+    def __init__(self) -> None:
+        self.calls: list[list[Any]] = []
+        self.bad: set[Any] = set()
+
+    async def __call__(self, keys: list[Any]) -> None:
+        self.calls.append(sorted(keys))
+        if not self.bad.isdisjoint(keys):
+            raise ValueError("a key")
+
+
+async def test_a_derive_handler_gets_each_key_once(at: Bench) -> None:
+    on, seen = Handlers(), _Keys()
+
+    @on.derive("items", by="grp", name="sums")
+    async def sums(keys: list[int], _: AsyncSession) -> None:
+        await seen(keys)
+
+    await at.load(on)
+    lane = Lane("sums", 0)
+    a, b, c = [grp for grp in range(1, 99) if at.lane_of("sums", item(1, grp)) == lane][:3]
+    for n in range(10):
+        at.take("items", item(n, (a, b)[n % 2]))
+    at.take("items", item(0, c), item(0, a))
+    at.take("items", item(0, None), item(0, c))
+    await at.journal.flush()
+    drain = at.drain("sums")
+    assert (await drain.run(lane)).applied == 12
+    assert seen.calls == [sorted([a, b, c])]
+    # A held key stands for later changes; the others go on.
+    seen.calls.clear()
+    seen.bad = {a}
+    for grp in (a, b, a):
+        at.take("items", item(1, grp))
+    await at.journal.flush()
+    assert (await drain.run(lane)).applied == 1
+    assert await at.counters() == (13, 2, 0)
+    at.take("items", item(1, b), item(1, a))
+    await at.journal.flush()
+    await drain.run(lane)
+    assert await at.counters() == (13, 3, 0)
+    assert await at.holding_is_true()
+    seen.calls.clear()
+    seen.bad.clear()
+    await at.settle(drain)
+    assert seen.calls == [[a]]
+    assert await at.counters() == (16, 0, 0)
+    # What failed once is not remembered against the key.
+    seen.bad = {b}
+    for grp in (a, b):
+        at.take("items", item(1, grp))
+    await at.journal.flush()
+    assert (await drain.run(lane)).applied == 1
+
+
+async def test_derive_keys_that_take_the_transaction_with_them(at: Bench) -> None:
+    on, bad, done = Handlers(), set[int](), list[int]()
+
+    @on.derive("items", by="grp", name="sums", timeout=0.5)
+    async def sums(keys: list[int], session: AsyncSession) -> None:
+        if not bad.isdisjoint(keys):
+            await session.execute(text("select pg_sleep(5)"))
+        done.extend(keys)
+
+    await at.load(on)
+    lane = Lane("sums", 0)
+    grps = [grp for grp in range(1, 99) if at.lane_of("sums", item(1, grp)) == lane][:6]
+    bad |= {grps[1], grps[3]}
+    for grp in grps:
+        at.take("items", item(1, grp))
+    await at.journal.flush()
+    drain = at.drain("sums")
+    for _ in range(10):
+        await drain.run(lane)
+        if set(done) == set(grps) - bad:
+            break
+    assert set(done) == set(grps) - bad
+    assert await at.holding_is_true()
+    bad.clear()
+    await at.settle(drain)
+    assert set(done) == set(grps)
+    assert await at.counters() == (6, 0, 0)
+
+
+async def test_composite_and_typed_keys(at: Bench) -> None:
+    on, seen = Handlers(), list[Any]()
+
+    @on.derive("pairs", name="pairs")
+    async def pairs(keys: list[tuple[int, uuid.UUID]], _: AsyncSession) -> None:
+        seen.extend(keys)
+
+    await at.load(on)
+    one = uuid.uuid4()
+    row = {"a": 7, "b": str(one).upper(), "amount": "1.50"}
+    await at.put("pairs", row)
+    await at.put("pairs", row | {"b": str(one)}, row)
+    await at.settle(at.drain("pairs"))
+    assert set(seen) == {(7, one)}

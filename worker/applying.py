@@ -1,0 +1,314 @@
+"""Within a pass: calls the handler for fresh changes and for held ones that are due.
+
+Everything here runs in the transaction of one pass, under its lane's lock; which entries those are, and the
+order of steps around it, is the drain's business (drain.py).
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+import structlog
+
+from worker import held, positions
+from worker.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome
+from worker.change import Change, Position
+from worker.held import HeldRow, Kept
+from worker.items import Decoder, Item, KeyItem
+from worker.lanes import Lane, Read
+from worker.passes import Turn
+from worker.registry import Handler
+from worker.retries import Failure, classify
+
+log = structlog.get_logger(__name__)
+
+RETRY_SECONDS = 2.0
+"""After so long spent on held changes a pass goes on to fresh ones; the rest is due in the next pass."""
+
+ItemT = TypeVar("ItemT")
+Call = Callable[[Sequence[ItemT]], Awaitable[None]]
+
+
+class _Verdict(NamedTuple):
+    """A change that is not applied now."""
+
+    read: Read
+    failure: Failure | None
+    """None: it waits behind another one."""
+
+
+class Applying:
+    """Applies for one handler."""
+
+    def __init__(self, caller: Caller, decoder: Decoder) -> None:
+        self.handler: Handler = caller.handler
+        self._caller = caller
+        self._decoder = decoder
+
+    # Fresh changes
+
+    def cut(self, turn: Turn, batch: Sequence[Read]) -> Sequence[Read]:
+        """End a batch at the first entry that is known to take the transaction with it."""
+        for n, read in enumerate(batch):
+            identities: Iterable[object] = (
+                read.entry.keys if self.handler.kind == "derive" else (read.position,)
+            )
+            if not turn.spoilers.keys().isdisjoint(identities):
+                return batch[: n + 1]
+        return batch
+
+    async def fresh(self, turn: Turn, batch: Sequence[Read]) -> None:
+        """Apply entries, or hold what cannot be applied.
+
+        Raises:
+            CallFailedError, TransactionSpoiltError: roll back, and make the pass again with more care.
+            LaneBlockedError: roll back, and wait.
+        """
+        turn.progress.latest_at = batch[-1].entry.at
+        waiting = turn.row.holding + turn.progress.holding[turn.lane.number]
+        blocked: set[bytes] = set()
+        if waiting > 0 or len(batch[0].entry.lanes) > 1:
+            keys = sorted({key for read in batch for key in read.entry.keys})
+            blocked = await held.held_keys(turn.session, self.handler.name, keys)
+        if self.handler.kind == "derive":
+            await self._keys(turn, batch, blocked)
+        else:
+            await self._changes(turn, batch, blocked)
+
+    async def _keys(self, turn: Turn, batch: Sequence[Read], blocked: set[bytes]) -> None:
+        """Call a derive handler with each key once, however many changes lie behind it."""
+        counts, waiting = _count(batch, blocked)
+        for key, changes in waiting.items():
+            await held.absorb(turn.session, self.handler.name, key, changes)
+        verdicts: list[tuple[KeyItem, Failure | None]] = []
+        items = self._typed(turn, counts, verdicts)
+        if not turn.careful:
+            await self._whole(self._keys_call(turn), items)
+            turn.progress.applied += sum(counts.values())
+            return
+        outcome = await self._apart(
+            turn, self._keys_call(turn), items, lambda item: (item.key,), lambda item: item.key
+        )
+        turn.progress.applied += sum(item.changes for item in outcome.applied)
+        verdicts += outcome.failed
+        verdicts += [(item, None) for item in outcome.untried]
+        for item, failure in verdicts:
+            lanes = (turn.lane.number,)
+            kept = Kept(lanes, (item.key,), batch[-1].position, "key", b"", item.changes)
+            await self._hold(turn, kept, failure, at_once=failure is None)
+
+    def _typed(
+        self, turn: Turn, counts: dict[bytes, int], verdicts: list[tuple[KeyItem, Failure | None]]
+    ) -> list[KeyItem]:
+        """Give keys their types; what cannot be read as such, after the column was altered, is held."""
+        items = []
+        for key, changes in counts.items():
+            try:
+                items.append(KeyItem(key, self._decoder.key(key), changes))
+            except Exception as error:
+                if not turn.careful:
+                    raise CallFailedError from error
+                verdicts.append((KeyItem(key, None, changes), classify(error, 1, self._caller.backoff)))
+        return items
+
+    async def _changes(self, turn: Turn, batch: Sequence[Read], blocked: set[bytes]) -> None:
+        """Call a change handler with each change once, in order; later ones of a held key wait."""
+        unreadable = await self._unreadable(turn, batch) if turn.careful else {}
+        free: list[Read] = []
+        verdicts: list[_Verdict] = []
+        for read in batch:
+            if blocked.isdisjoint(read.entry.keys) and read.position not in unreadable:
+                free.append(read)
+                continue
+            behind = not blocked.isdisjoint(read.entry.keys)
+            verdicts.append(_Verdict(read, None if behind else unreadable[read.position]))
+            blocked.update(read.entry.keys)
+        if not turn.careful:
+            items = await self._decoded(turn, free)
+            await self._whole(self._changes_call(turn), items)
+            turn.progress.applied += len(items)
+        else:
+            items = await self._decoder.changes(turn.session, free)
+            outcome = await self._apart(
+                turn,
+                self._changes_call(turn),
+                items,
+                lambda item: item.read.entry.keys,
+                lambda item: item.read.position,
+            )
+            turn.progress.applied += len(outcome.applied)
+            verdicts += [_Verdict(item.read, failure) for item, failure in outcome.failed]
+            verdicts += [_Verdict(item.read, None) for item in outcome.behind + outcome.untried]
+        # The order of a key is the order in which its changes are held.
+        for read, failure in sorted(verdicts, key=lambda one: one.read.position):
+            entry = read.entry
+            kept = Kept(entry.lanes, entry.keys, read.position, entry.source, entry.payload)
+            await self._hold(turn, kept, failure)
+
+    async def _decoded(self, turn: Turn, reads: Sequence[Read]) -> list[Item]:
+        try:
+            return await self._decoder.changes(turn.session, reads)
+        except Exception as error:
+            raise self._trouble(error) from error
+
+    async def _unreadable(self, turn: Turn, batch: Sequence[Read]) -> dict[Position, Failure]:
+        """Find the changes that cannot even be decoded: malformed, or of a table no longer subscribed to."""
+        found: dict[Position, Failure] = {}
+        try:
+            async with turn.session.begin_nested():
+                await self._decoder.changes(turn.session, batch)
+        except Exception as error:
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                return await self._unreadable(turn, batch[:middle]) | await self._unreadable(
+                    turn, batch[middle:]
+                )
+            failure = classify(error, 1, self._caller.backoff)
+            if failure is None:
+                raise LaneBlockedError from error
+            found[batch[0].position] = failure
+        return found
+
+    async def _hold(self, turn: Turn, kept: Kept, failure: Failure | None, *, at_once: bool = False) -> None:
+        if failure is not None:
+            self._tell(turn.lane, failure)
+        await held.hold(turn.session, self.handler.name, kept, failure, at_once=at_once)
+        if failure is None or failure.delay is not None:
+            turn.holds(kept.lanes, 1)
+
+    # Calls
+
+    def _keys_call(self, turn: Turn) -> Call[KeyItem]:
+        async def call(items: Sequence[KeyItem]) -> None:
+            await self._caller.keys(turn.session, [item.value for item in items])
+
+        return call
+
+    def _changes_call(self, turn: Turn) -> Call[Item]:
+        def name(change: Change) -> str:
+            # Positions alone repeat after a restore.
+            return f"{turn.source.history}:{self.handler.name}:{change.position}"
+
+        async def call(items: Sequence[Item]) -> None:
+            await self._caller.changes(turn.session, [item.change for item in items], name)
+
+        return call
+
+    async def _whole(self, call: Call[ItemT], items: Sequence[ItemT]) -> None:
+        """Call with the whole batch, without savepoints: nearly always all is well."""
+        size = self.handler.batch or max(1, len(items))
+        try:
+            for start in range(0, len(items), size):
+                await call(items[start : start + size])
+        except Exception as error:
+            raise self._trouble(error) from error
+
+    def _trouble(self, error: Exception) -> CallFailedError | LaneBlockedError:
+        blameless = classify(error, 1, self._caller.backoff) is None
+        return LaneBlockedError() if blameless else CallFailedError()
+
+    async def _apart(
+        self,
+        turn: Turn,
+        call: Call[ItemT],
+        items: Sequence[ItemT],
+        keys: Callable[[ItemT], Iterable[bytes]],
+        identity: Callable[[ItemT], object],
+    ) -> Outcome[ItemT]:
+        """Call with savepoints, so that only the guilty wait."""
+        isolation: Isolation[ItemT] = Isolation(
+            turn.session,
+            call=call,
+            keys=keys,
+            judge=lambda _, error: classify(error, 1, self._caller.backoff),
+            identity=identity,
+            spoilers=turn.spoilers,
+            together=turn.together and self.handler.wants_list,
+        )
+        size = self.handler.batch or max(1, len(items))
+        for start in range(0, len(items), size):
+            await isolation.apply(items[start : start + size])
+        return isolation.outcome
+
+    def _tell(self, lane: Lane, failure: Failure) -> None:
+        delay = None if failure.delay is None else round(failure.delay, 1)
+        log.warning(
+            "handler failed",
+            handler=lane.handler,
+            lane=lane.number,
+            error_class=failure.error_class,
+            retry_in_seconds=delay,
+        )
+
+    # Held changes
+
+    async def retry(self, turn: Turn) -> bool:
+        """Try what is held and due, in order; True where more of it may be due."""
+        until = time.monotonic() + RETRY_SECONDS
+        seen: list[int] = []
+        while rows := await held.due(turn.session, turn.lane, seen):
+            for row in rows:
+                if seen and time.monotonic() > until:
+                    return True
+                seen.append(row.id)
+                if await self._again(turn, row):
+                    return True
+        return False
+
+    async def _again(self, turn: Turn, row: HeldRow) -> bool:
+        """Call again for one held change; True where the pass had better end with it."""
+        kept, session = row.kept, turn.session
+        others = kept.lanes[1:]
+        if len(await positions.lock_others(session, self.handler.name, others)) < len(others):
+            return False  # one of its lanes is being drained just now: it stays due
+        spoiler = turn.spoilers.get(("held", row.id))
+        failure = spoiler or await self._call_again(turn, row)
+        if failure is not None:
+            self._tell(turn.lane, failure)
+            await held.failed_again(session, row, failure)
+        else:
+            await held.let_go(session, row)
+            turn.progress.applied += kept.changes
+        if failure is None or failure.delay is None:
+            turn.holds(kept.lanes, -1)
+            turn.progress.wake |= await held.promote(session, self.handler.name, kept.keys)
+        return spoiler is not None
+
+    async def _call_again(self, turn: Turn, row: HeldRow) -> Failure | None:
+        async def call(_: Sequence[HeldRow]) -> None:
+            if row.kept.source == "key":
+                key = row.kept.keys[0]
+                await self._keys_call(turn)([KeyItem(key, self._decoder.key(key), row.kept.changes)])
+            else:
+                await self._changes_call(turn)([await self._decoder.held(turn.session, row)])
+
+        isolation: Isolation[HeldRow] = Isolation(
+            turn.session,
+            call=call,
+            keys=lambda _: (),
+            judge=lambda _, error: classify(error, row.attempts + 1, self._caller.backoff),
+            identity=lambda _: ("held", row.id),
+            spoilers={},
+            together=False,
+        )
+        await isolation.apply([row])
+        return isolation.outcome.failed[0][1] if isolation.outcome.failed else None
+
+
+def _count(batch: Sequence[Read], blocked: set[bytes]) -> tuple[dict[bytes, int], dict[bytes, int]]:
+    """Count the changes behind each key that is free, and behind each that is held.
+
+    A change of several keys counts once: with a held one if there is one, else with its first.
+    """
+    free: dict[bytes, int] = {}
+    waiting: dict[bytes, int] = {}
+    for _, entry in batch:
+        held_key = next((key for key in entry.keys if key in blocked), None)
+        if held_key is not None:
+            waiting[held_key] = waiting.get(held_key, 0) + 1
+        counted = held_key is not None
+        for key in entry.keys:
+            if key not in blocked:
+                free[key] = free.get(key, 0) + (not counted)
+                counted = True
+    return free, waiting

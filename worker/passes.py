@@ -1,0 +1,73 @@
+"""What a pass over a lane is made of: its transaction, what it knows, what it did and how it ended.
+
+Plain data, shared by drain.py (the order of steps) and applying.py (the calls).
+"""
+
+import enum
+from collections import Counter
+from dataclasses import dataclass, field
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from worker.change import Position
+from worker.lanes import Lane, Read
+from worker.positions import LaneRow, SourceRow
+from worker.retries import Failure
+
+
+class Pass(enum.Enum):
+    """How a pass over a lane ended."""
+
+    EMPTY = "empty"
+    """Nothing above the position."""
+    MORE = "more"
+    """A full batch was applied; there may be more."""
+    BUSY = "busy"
+    """Another worker has the row, or another transaction was in the way."""
+    AWAY = "away"
+    """Postgres or Redis is away; `reason` says which."""
+    MEETING = "meeting"
+    """The next change belongs to several lanes, and another one has not got there yet."""
+    UNKNOWN = "unknown"
+    """No such lane: the handler is not active, or the number of lanes has changed."""
+
+
+@dataclass
+class Progress:
+    """What one transaction did, for those who act after its commit."""
+
+    applied: int = 0
+    holding: Counter[int] = field(default_factory=Counter)
+    """By how much the number of held rows of each lane has changed."""
+    last: Read | None = None
+    """The entry up to which the lane has moved."""
+    at: Position = Position.ZERO
+    """Where the lane stands after the pass."""
+    ended: Pass = Pass.EMPTY
+    reason: str = ""
+    wake: set[int] = field(default_factory=set)
+    """Other lanes that can go on now."""
+    latest_at: float = 0.0
+    """When the listener had the newest change applied, in seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The transaction of a pass, and what holds in it."""
+
+    session: AsyncSession
+    lane: Lane
+    row: LaneRow
+    source: SourceRow
+    progress: Progress
+    careful: bool
+    """A call has failed: call with savepoints, to find out whose fault it is."""
+    together: bool
+    """Calls with several items are tried first; False once such a call has taken the transaction with it."""
+    spoilers: dict[object, Failure]
+    """What took an earlier transaction of this pass with it: not called again, but held."""
+
+    def holds(self, lanes: tuple[int, ...], rows: int) -> None:
+        """Count held rows of lanes."""
+        for number in lanes:
+            self.progress.holding[number] += rows
