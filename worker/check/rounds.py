@@ -8,6 +8,7 @@ from worker.check.findings import Finding
 from worker.check.postgres import examine_database
 from worker.check.realtime import examine_realtime
 from worker.check.redis import examine_redis
+from worker.delivery import choose
 from worker.errors import ConfigurationError
 from worker.loader import load
 from worker.registry import Handler
@@ -32,6 +33,7 @@ async def run_checks(settings: Settings) -> list[Finding]:
         _within("redis", examine_redis(settings)),
         _within("realtime", examine_realtime(settings, tables)),
     )
+    findings.append(_delivery(settings))
     return findings + [found for answer in answers for found in answer]
 
 
@@ -42,6 +44,14 @@ def _load(settings: Settings) -> tuple[list[Finding], tuple[Handler, ...]]:
         return [Finding("handlers", "problem", problem) for problem in error.problems], ()
     names = ", ".join(handler.name for handler in handlers)
     return [Finding("handlers", "ok", names)], handlers
+
+
+def _delivery(settings: Settings) -> Finding:
+    try:
+        choice = choose(settings.delivery)
+    except ConfigurationError as error:
+        return Finding("delivery", "problem", error.problems[0])
+    return Finding("delivery", "ok", f"{choice.delivery} ({choice.reason})")
 
 
 async def _within(name: str, examination: Awaitable[list[Finding]]) -> list[Finding]:
