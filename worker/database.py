@@ -51,9 +51,8 @@ def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
 
 def is_away(error: BaseException) -> bool:
     """Tell whether the database could not even be reached: also what a failed connect raises."""
-    return is_lost(error) or any(
-        isinstance(one, OSError) and not isinstance(one, TimeoutError) for one in _chain(error)
-    )
+    # A connect that nobody answers is a TimeoutError, which is an OSError too.
+    return is_lost(error) or any(isinstance(one, OSError) for one in _chain(error))
 
 
 def is_lost(error: BaseException) -> bool:

@@ -77,6 +77,7 @@ create table tailrace.held (
 comment on table tailrace.held is 'changes that wait: for a retry of their own, or behind one of their key';
 comment on column tailrace.held.keys is 'lane keys, as JSON arrays of canonical texts';
 create index held_by_handler on tailrace.held (handler, id) where status <> 'dead';
+create index held_by_key on tailrace.held using gin (keys) where status <> 'dead';
 create index held_due on tailrace.held (next_attempt_at) where status = 'retrying' and next_attempt_at is not null;
 
 create table tailrace.gaps (

@@ -3,9 +3,8 @@
 import asyncio
 import itertools
 import json
-import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn
 
@@ -189,19 +188,16 @@ class Bench:
     async def holding_is_true(self) -> bool:
         """Compare what lanes say they hold with what is held."""
         wrong = await self.db.fetch(
-            "select l.handler, l.lane, l.holding from tailrace.lanes l where l.holding <> (select count(*)"
-            " from tailrace.held h where h.handler = l.handler and l.lane = any(h.lanes) and status <> 'dead')"
+            "select l.handler, l.lane from tailrace.lanes l where l.holding <> (select count(*)"
+            " from tailrace.held h where h.handler = l.handler and l.lane = any(h.lanes)"
+            " and status <> 'dead')"
         )
         return not wrong
 
-    def lane_of(self, handler: str, new: dict[str, Any], table: str = "items") -> Lane:
+    def lane_of(self, handler: str, new: dict[str, Any]) -> Lane:
         """Tell in which lane a row is."""
-        routed = next(
-            one
-            for one in self.router.route(raw_change(table, new, None)).matched
-            if one.handler.name == handler
-        )
-        return Lane(handler, routed.lanes[0])
+        matched = self.router.route(raw_change("items", new, None)).matched
+        return Lane(handler, next(one.lanes[0] for one in matched if one.handler.name == handler))
 
     def groups(self, handler: str) -> list[int]:
         """Name one value of `grp` for each lane of a handler that has it as key, in lane order."""
@@ -288,9 +284,3 @@ async def bench(shared: Servers, *, lanes: int = 4) -> AsyncIterator[Bench]:
 async def at_once(*passes: Callable[[], Any]) -> list[Progress]:
     """Make passes at the same time."""
     return list(await asyncio.gather(*(one() for one in passes)))
-
-
-def shuffled(rng: random.Random, values: Sequence[Any]) -> list[Any]:
-    mixed = list(values)
-    rng.shuffle(mixed)
-    return mixed

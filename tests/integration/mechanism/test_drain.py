@@ -177,7 +177,7 @@ async def _swallowed(session: AsyncSession) -> None:
 
 
 async def _wrong_type(session: AsyncSession) -> None:
-    # Refused by the driver before it is sent; the driver's class for that is also the one of lost connections.
+    # Refused by the driver before anything is sent.
     await session.execute(text("select :day").bindparams(bindparam("day", type_=Date)), {"day": "no date"})
 
 
