@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from worker.change import Change, Context
 from worker.registry import Handler
 from worker.retries import Backoff, Failure
-from worker.sessions import handler_session
+from worker.sessions import acting_as, handler_session
 
 Item = TypeVar("Item")
 
@@ -78,7 +78,7 @@ class Caller:
         arguments: list[object] = []
         if self.handler.wants_context:
             arguments.append(self._context(idempotency_key))
-        async with asyncio.timeout(self._timeout):
+        async with asyncio.timeout(self._timeout), acting_as(session, self.handler):
             await self.handler.function(argument, handler_session(session), *arguments)
             # What the handler left in the unit of work is part of its call, and may fail like it.
             await session.flush()

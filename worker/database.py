@@ -5,15 +5,17 @@ It decides how connections are made and what is worth waiting for. It holds no S
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import asyncpg
 import structlog
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from migrations import HEAD
 
 log = structlog.get_logger(__name__)
 
@@ -119,40 +121,27 @@ async def wait_until_up(
         told: is given each new reason, which is also logged once.
     """
     last, delay = "", 0.2
-    while True:
-        try:
-            async with engine.connect() as connection:
-                await connection.execute(text("select lanes from tailrace.source"))
-        except (DBAPIError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
-            reason = explain(error)
-            if reason != last:
-                log.warning("waiting for Postgres", reason=reason)
-                last = reason
-                if told is not None:
-                    told(reason)
-            await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
-            delay = min(delay * 2, most)
-        else:
-            if last:
-                log.info("Postgres is back")
-            return
+    while (reason := await _why_not(engine)) is not None:
+        if reason != last:
+            log.warning("waiting for Postgres", reason=reason)
+            last = reason
+            if told is not None:
+                told(reason)
+        await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
+        delay = min(delay * 2, most)
+    if last:
+        log.info("Postgres is back")
 
 
-async def fetch_one(
-    connection: AsyncConnection, statement: str, parameters: Mapping[str, Any] | None = None
-) -> Any:  # noqa: ANN401 - a row of whatever the statement selects
-    """Run a statement and return its single row, or None."""
-    return (await connection.execute(text(statement), dict(parameters or {}))).one_or_none()
-
-
-__all__ = [
-    "InterfaceError",
-    "OperationalError",
-    "explain",
-    "fetch_one",
-    "is_conflict",
-    "is_locked",
-    "is_lost",
-    "make_engine",
-    "wait_until_up",
-]
+async def _why_not(engine: AsyncEngine) -> str | None:
+    """Tell why the database cannot be worked with; None where it can."""
+    try:
+        async with engine.connect() as connection:
+            found = await connection.execute(text("select max(version_num) from tailrace.migration"))
+            revision = found.scalar_one()
+    except (DBAPIError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+        return explain(error)
+    # A newer revision is an upgrade under way: the new version keeps what the old one needs.
+    if revision is None or revision < HEAD:
+        return f"tailrace's tables are at {revision}, {HEAD} is needed: run `python -m worker migrate`"
+    return None

@@ -8,11 +8,16 @@ never changed: there is nothing to switch off afterwards, and nothing that could
 Not a sandbox: COMMIT sent as SQL text, or through the driver's connection, is out of reach.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import NoReturn
 
+import msgspec
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
+from worker.declarations import Handler
 from worker.errors import SessionMisuse
 
 
@@ -86,3 +91,37 @@ def handler_session(session: AsyncSession) -> AsyncSession:
         SessionMisuse: on commit, rollback, close, reset, invalidate, begin and `async with session`.
     """
     return _LentSession(session)
+
+
+_ACT = text(
+    "select set_config('request.jwt.claims', :claims, true), set_config('request.jwt.claim.sub', :sub, true),"
+    " set_config('role', :role, true)"
+)
+_STOP_ACTING = text(
+    "select set_config('role', 'none', true), set_config('request.jwt.claims', '', true),"
+    " set_config('request.jwt.claim.sub', '', true)"
+)
+
+
+@asynccontextmanager
+async def acting_as(session: AsyncSession, handler: Handler) -> AsyncIterator[None]:
+    """Run what is inside as the handler's role, with its claims, under the table's policies.
+
+    Local to the transaction, so that nothing leaks through a pooler, and taken back at the end of the call,
+    because the lane's row is the worker's. After a failure the caller's rollback takes it back.
+    """
+    if handler.role is None:
+        yield
+        return
+    claims = {"role": handler.role} | dict(handler.claims or {})
+    connection = await session.connection()
+    parameters = {
+        "role": handler.role,
+        "claims": msgspec.json.encode(claims).decode(),
+        "sub": str(claims.get("sub", "")),
+    }
+    await connection.execute(_ACT, parameters)
+    yield
+    # What the handler left in the unit of work is its writing, under its role.
+    await session.flush()
+    await connection.execute(_STOP_ACTING)

@@ -23,9 +23,20 @@ create table tailrace.source (
   lease_token     text,
   lease_holder    text,
   lease_until     timestamptz not null default '-infinity',
-  live_at         timestamptz
+  live_at         timestamptz,
+  slot_target     bigint,
+  server_started  timestamptz,
+  timeline        integer,
+  system          text,
+  published       jsonb,
+  reread          text
 );
-comment on column tailrace.source.generation is 'random name of one reading of the source; part of the names of the lanes in Redis';
+comment on column tailrace.source.generation is
+  'random name of one reading of the source; part of the names of the lanes in Redis';
+comment on column tailrace.source.slot_target is
+  'commits below it are accounted for: written before the slot is moved there';
+comment on column tailrace.source.reread is
+  'why a worker wants the source to be read again from the slot; null when nobody does';
 comment on column tailrace.source.live_at is 'last moment at which the source was surely live';
 insert into tailrace.source default values;
 
@@ -52,7 +63,8 @@ create table tailrace.lanes (
   moved_at        timestamptz,
   primary key (handler, lane)
 ) with (fillfactor = 50);
-comment on column tailrace.lanes.arrived_lsn is 'position of a change of several lanes that this lane has reached and waits for';
+comment on column tailrace.lanes.arrived_lsn is
+  'position of a change of several lanes that this lane has reached and waits for';
 comment on column tailrace.lanes.holding is 'rows of tailrace.held that concern this lane';
 
 create table tailrace.held (
@@ -78,7 +90,8 @@ comment on table tailrace.held is 'changes that wait: for a retry of their own, 
 comment on column tailrace.held.keys is 'lane keys, as JSON arrays of canonical texts';
 create index held_by_handler on tailrace.held (handler, id) where status <> 'dead';
 create index held_by_key on tailrace.held using gin (keys) where status <> 'dead';
-create index held_due on tailrace.held (next_attempt_at) where status = 'retrying' and next_attempt_at is not null;
+create index held_due on tailrace.held (next_attempt_at)
+  where status = 'retrying' and next_attempt_at is not null;
 
 create table tailrace.gaps (
   id          bigint generated always as identity primary key,
@@ -105,7 +118,8 @@ create table tailrace.backfills (
   asked_at    timestamptz not null default now(),
   done_at     timestamptz
 );
-create unique index backfills_waiting on tailrace.backfills (handler, schema_name, table_name) where state = 'waiting';
+create unique index backfills_waiting on tailrace.backfills (handler, schema_name, table_name)
+  where state = 'waiting';
 
 -- The row that proves the path end to end: written here, it must come back by every path.
 create table tailrace.canary (
