@@ -20,6 +20,7 @@ from worker import gaps, lease
 from worker.change import Position, RawChange
 from worker.database import explain, is_away
 from worker.lanes import Backlog, Lane, Lanes, LanesLostError, LaneWriter, Top
+from worker.queue import refuses_for_now
 from worker.registry import Handler
 from worker.routing import Routed, lane_of
 
@@ -128,7 +129,7 @@ class Journal:
             await self._write()
 
     async def _write(self) -> None:
-        delay = AWAY_SECONDS
+        delay, renewed = AWAY_SECONDS, False
         while self._pending:
             # Changes are added while a flush waits for Redis: they belong to the next batch.
             self._batch = self._batch or self._next_batch()
@@ -141,10 +142,11 @@ class Journal:
             except LanesLostError as lost:
                 await self._begin_generation(str(lost))
             except ResponseError as error:
-                if not _refuses_for_now(error):
+                if refuses_for_now(error) or renewed:
+                    delay = await self._away(error, delay)
+                else:
                     await self._begin_generation(f"Redis refused an entry ({type(error).__name__})")
-                    continue
-                delay = await self._away(error, delay)
+                    renewed = True  # what is refused there too is not the fault of the lanes
             except (RedisError, OSError) as error:
                 delay = await self._away(error, delay)
 
@@ -287,10 +289,3 @@ class Journal:
     async def backlog(self) -> Backlog:
         """Count what is written and not yet applied."""
         return await self._writer.backlog()
-
-
-def _refuses_for_now(error: ResponseError) -> bool:
-    """Tell a Redis that cannot write at present from one that found the entry wrong."""
-    return str(error).startswith(
-        ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY", "NOREPLICAS", "MASTERDOWN")
-    ) or ("command not allowed when used memory" in str(error))

@@ -18,9 +18,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
     BusyLoadingError,
-    OutOfMemoryError,
-    ReadOnlyError,
     RedisError,
+    ResponseError,
     WatchError,
 )
 from redis.exceptions import (
@@ -35,8 +34,21 @@ log = structlog.get_logger(__name__)
 IDLE_POLL_SECONDS = 0.5
 """arq's own default: how long a poll waits when nothing rings."""
 AWAY = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError)
-REFUSING = (OutOfMemoryError, ReadOnlyError)
+REFUSALS = ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY ", "NOREPLICAS", "MASTERDOWN", "TRYAGAIN")
 MOST_WAIT_SECONDS = 2.0
+
+
+def refuses_for_now(error: Exception) -> bool:
+    """Tell a Redis that is away or cannot write at present from one that finds the command wrong."""
+    if not isinstance(error, ResponseError):
+        return isinstance(error, AWAY)
+    # redis-py cuts the code off where it has a class of its own for it, and a script puts words before it.
+    name, message = type(error).__name__, str(error)
+    return (
+        name in ("OutOfMemoryError", "ReadOnlyError", "MasterDownError")
+        or message.startswith(REFUSALS)
+        or "command not allowed when used memory" in message
+    )
 
 
 def connection_pool(url: str, *, retries: int = 3) -> "ConnectionPool":
@@ -81,7 +93,9 @@ class _PatientPipeline(Pipeline):
         while True:
             try:
                 return await super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call] # redis-py's own
-            except (*AWAY, WatchError, *REFUSING) as error:
+            except (RedisError, OSError) as error:
+                if not isinstance(error, WatchError) and not refuses_for_now(error):
+                    raise
                 await self.patience.hold_on(error)
                 await self.reset()  # type: ignore[no-untyped-call] # as above
 
@@ -91,7 +105,9 @@ class _PatientPipeline(Pipeline):
         while True:
             try:
                 return await super().execute(raise_on_error)
-            except (*AWAY, *REFUSING) as error:
+            except (RedisError, OSError) as error:
+                if not refuses_for_now(error):
+                    raise
                 await self.patience.hold_on(error)
                 if watching:
                     raise WatchError("the connection was lost") from error
@@ -139,7 +155,9 @@ class PatientRedis(ArqRedis):
         while True:
             try:
                 answer = await command()
-            except (*AWAY, *REFUSING) as error:
+            except (RedisError, OSError) as error:
+                if not refuses_for_now(error):
+                    raise
                 if self.stopping:
                     return None
                 await self.hold_on(error)
