@@ -1,0 +1,290 @@
+"""What the documentation says is held against what is there: code, commands, settings, links, log events."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+
+from config.declared import declared_settings
+from tests.stack import ROOT, Servers, project
+from worker import loader
+from worker.cli import app
+
+PAGES = sorted(
+    path for pattern in ("*.md", "docs/*.md", "deploy/*.md", "standin/*.md") for path in ROOT.glob(pattern)
+)
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+PREFIXES = ("WORKER_", "SUPABASE_", "DATABASE_", "REDIS_", "REALTIME_", "HEALTH_")
+OF_TESTS = {"TAILRACE_TRANSCRIPTS"}
+FOLDERS = ("config", "deploy", "docs", "examples", "handlers", "migrations", "standin", "tests", "worker")
+PROGRAMS = {"docker", "redis-cli", "systemctl", "sudo", "git", "curl", "cp"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.text.strip().splitlines()[0][:40]}"
+
+
+def blocks(*languages: str) -> list[Block]:
+    found = []
+    for path in PAGES:
+        for indent, language, text in FENCE.findall(path.read_text()):
+            if language in languages:
+                plain = re.sub(rf"^{indent}", "", text, flags=re.MULTILINE)
+                found.append(Block(str(path.relative_to(ROOT)), language, plain))
+    return found
+
+
+def in_page(page: str, language: str) -> list[Block]:
+    return [block for block in blocks(language) if block.page == page]
+
+
+def prose(path: Path) -> str:
+    return FENCE.sub("", path.read_text())
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading has on GitHub."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(path: Path) -> set[str]:
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)}
+
+
+def links() -> Iterator[tuple[str, str]]:
+    for path in PAGES:
+        for target in sorted(set(re.findall(r"\]\(([^)\s]+)\)", prose(path)))):
+            if not re.match(r"[a-z]+:", target):
+                yield str(path.relative_to(ROOT)), target
+
+
+def words_of_commands() -> Iterator[tuple[str, list[str]]]:
+    """Every `python -m …`, `arq …`, `make …` and `tailrace …` in prose and shell blocks."""
+    for path in PAGES:
+        text = path.read_text()
+        lines = re.findall(r"`((?:python -m|arq|make|tailrace) [^`\n]+)`", FENCE.sub("", text))
+        for _, language, block in FENCE.findall(text):
+            if language == "sh":
+                lines += [line.split("#")[0].strip() for line in block.splitlines()]
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            if words and "=" not in words[0]:
+                yield str(path.relative_to(ROOT)), words
+
+
+def cli() -> dict[str, set[str]]:
+    """The options of each command of `python -m worker`."""
+    group = typer.main.get_command(app)
+    found = {"": {option for parameter in group.params for option in parameter.opts}}
+    for name, command in group.commands.items():  # type: ignore[attr-defined] # a group of click's
+        found[name] = {option for parameter in command.params for option in parameter.opts}
+    return found
+
+
+def test_there_is_documentation() -> None:
+    names = {str(path.relative_to(ROOT)) for path in PAGES}
+    assert {
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/operations.md",
+        "docs/glossary.md",
+    } <= names
+    assert blocks("python")
+    assert list(words_of_commands())
+
+
+@pytest.mark.parametrize(("page", "target"), list(links()), ids=lambda value: value)
+def test_a_link_leads_somewhere(page: str, target: str) -> None:
+    file, _, anchor = target.partition("#")
+    path = (ROOT / page).parent / file if file else ROOT / page
+    assert path.exists()
+    if anchor:
+        assert anchor in anchors(path)
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_that_is_shown_can_be_compiled(block: Block) -> None:
+    compile(block.text, block.page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in blocks("python") if "Handlers()" in block.text], ids=str
+)
+def test_handlers_that_are_shown_can_be_loaded(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"shown_{zlib.crc32(block.text.encode())}"
+    (tmp_path / f"{name}.py").write_text(block.text)
+    monkeypatch.syspath_prepend(tmp_path)
+    handlers = loader.load([name])
+    assert len(handlers) == block.text.count("async def ")
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    known = OF_TESTS | {name for setting in declared_settings() for name in (setting.name, *setting.aliases)}
+    wrong = [
+        (str(path.relative_to(ROOT)), name)
+        for path in PAGES
+        for name in re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", path.read_text())
+        if name.startswith((*PREFIXES, "TAILRACE_")) and name not in known
+    ]
+    assert wrong == []
+
+
+def test_every_command_that_is_shown_exists_with_its_options() -> None:
+    commands = cli()
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page, words in words_of_commands():
+        match words:
+            case ["python", "-m", "worker", command, *rest] | ["tailrace", command, *rest]:
+                assert command in commands, f"{page}: {words}"
+                used = {word for word in rest if word.startswith("-")}
+                assert used <= commands[command], f"{page}: {words}"
+            case ["python", "-m", module, *_]:
+                assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists() or (
+                    ROOT / module.replace(".", "/") / "__main__.py"
+                ).exists(), f"{page}: {words}"
+            case ["arq", *rest]:
+                assert rest[-1] in {"worker.jobs.WorkerSettings", "…"}, f"{page}: {words}"
+            case ["make", target, *_]:
+                assert target in targets, f"{page}: {words}"
+            case [program, *_]:
+                assert program.startswith(".venv/bin/") or program in PROGRAMS, f"{page}: {words}"
+
+
+def test_every_command_is_documented() -> None:
+    text = "".join(path.read_text() for path in PAGES)
+    assert [name for name in cli() if name and f"python -m worker {name}" not in text] == []
+
+
+def test_the_command_that_prints_the_settings_prints_the_table_of_the_readme() -> None:
+    (line,) = [words for _, words in words_of_commands() if words[0] == ".venv/bin/python"]
+    done = subprocess.run(
+        [sys.executable, *line[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() in (ROOT / "README.md").read_text()
+
+
+def logged() -> set[str]:
+    """Every event that the processes log, by its first argument."""
+    events = set()
+    for path in (ROOT / "worker").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and node.func.value.id == "log"
+                and node.args
+                and isinstance(node.args[0], ast.Constant)
+            ):
+                events.add(str(node.args[0].value))
+    return events
+
+
+def test_the_table_of_log_events_is_the_log_of_the_code() -> None:
+    section = OPERATIONS.split("\n## Log\n")[1].split("\n## ")[0]
+    told = set()
+    for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE):
+        told |= set(re.findall(r"`([^`]+)`", row))
+    assert told == logged()
+
+
+def health_reasons() -> str:
+    return OPERATIONS.split("\n## Health\n")[1].split("\n## ")[0]
+
+
+def test_no_reason_of_readiness_is_made_up() -> None:
+    texts = [text for path in (ROOT / "worker").rglob("*.py") for text in strings(path)]
+    rows = re.findall(r"^\| (`[^|]+) \|", health_reasons(), re.MULTILINE)
+    reasons = [reason for row in rows for reason in re.findall(r"`([^`]+)`", row)]
+    assert len(reasons) > 20
+    wrong = []
+    for reason in reasons:
+        parts = [part.strip(" ():…") for part in re.split(r"…|\(", reason)]
+        longest = max(parts, key=len)
+        if not any(longest in text for text in texts):
+            wrong.append(reason)
+    assert wrong == []
+
+
+def strings(path: Path) -> list[str]:
+    """Every text in a module; of an f-string its fixed parts, joined by nothing."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            fixed = [
+                part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "…"
+                for part in node.values
+            ]
+            found.append("".join(fixed))
+    return found
+
+
+def test_every_file_that_is_named_exists() -> None:
+    named = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[^`\s]*)`")
+    found = [(path.name, name) for path in PAGES for name in named.findall(prose(path))]
+    assert len(found) > 20
+    real = [(page, name.rstrip("/")) for page, name in found if "NNNN" not in name]
+    assert [(page, name) for page, name in real if not list(ROOT.glob(name))] == []
+
+
+def test_the_tables_of_the_schema_are_those_of_the_migrations() -> None:
+    made = set()
+    for path in (ROOT / "migrations/versions").glob("*.py"):
+        made |= set(re.findall(r"create table tailrace\.(\w+)", path.read_text()))
+    architecture = (ROOT / "docs/architecture.md").read_text()
+    section = architecture.split("| table in schema `tailrace` |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == made
+
+
+def test_the_changelog_has_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def test_the_glossary_has_each_word_once_and_in_order() -> None:
+    rows = re.findall(r"^\| \*\*(.+?)\*\* \|", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)
+    words = [word for row in rows for word in row.split(", ")]
+    assert len(words) == len(set(words))
+    assert rows == sorted(rows)
+
+
+async def test_the_sql_of_operations_runs(shared: Servers) -> None:
+    tables = "create table orders (id bigint primary key, customer_id bigint)"
+    statements = in_page("docs/operations.md", "sql")
+    assert len(statements) >= 4
+    async with project(shared, tables, "handlers") as made:
+        await made.db.execute(
+            "insert into tailrace.handlers (name, kind, tables, state) values"
+            " ('handlers.customer_totals:customer_totals', 'derive', '{public.orders}', 'active'),"
+            " ('handlers.old:old', 'derive', '{public.orders}', 'orphaned')"
+        )
+        await made.db.execute("insert into tailrace.gaps (until, cause, tables) values (now(), 'x', '{}')")
+        for block in statements:
+            await made.db.execute(block.text)
+        assert await made.db.fetchval("select state from tailrace.gaps where id = 1") == "acknowledged"
+        assert await made.db.fetchval("select count(*) from tailrace.backfills where state = 'waiting'") == 1
+        assert await made.db.fetchval("select count(*) from tailrace.handlers") == 1
