@@ -1,0 +1,97 @@
+"""`python -m benchmarks NAME`: runs one benchmark, prints its figures, and writes them as JSON.
+
+Exit codes: 0 measured (whether or not a goal is met), 1 could not be measured, 2 bad usage.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import drain, latency
+from benchmarks.report import Report, machine
+from examples.demo.processes import DemoError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = made.add_subparsers(dest="name", required=True, metavar="NAME")
+    first = names.add_parser("latency", help=latency.TITLE, description=latency.TITLE)
+    first.add_argument("--rate", type=_positive, default=100.0, help="changes a second (%(default)s)")
+    first.add_argument("--seconds", type=_positive, default=20.0, help="length of a round (%(default)s)")
+    first.add_argument(
+        "--poll-interval",
+        type=_positive,
+        default=0.02,
+        help="seconds between looks of the stand-in at its slot (%(default)s; the real server: 0.1)",
+    )
+    second = names.add_parser("drain", help=drain.TITLE, description=drain.TITLE)
+    second.add_argument("--changes", type=_whole, default=50_000, help="backlog of a round (%(default)s)")
+    second.add_argument(
+        "--only", choices=[one.name for one in drain.WORKLOADS], action="append", help="only this work"
+    )
+    for one in (first, second):
+        one.add_argument("--rounds", type=_whole, default=5, help="of which the median counts (%(default)s)")
+        one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the process's exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
+    report = Report(
+        name=options.name,
+        command=shlex.join(["python", "-m", "benchmarks", *given]),
+        machine=machine(),
+        load_before=os.getloadavg()[0],
+    )
+    print(report.machine)
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            asyncio.run(_run(options, report))
+        except DemoError as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 1
+        report.load_after = os.getloadavg()[0]
+        print(report.text())
+        if options.json is not None:
+            options.json.write_bytes(report.json())
+        return 0
+    return 1
+
+
+async def _run(options: argparse.Namespace, report: Report) -> None:
+    if options.name == "latency":
+        await latency.measure(
+            report,
+            rate=options.rate,
+            seconds=options.seconds,
+            rounds=options.rounds,
+            poll_interval=options.poll_interval,
+        )
+    else:
+        await drain.measure(report, changes=options.changes, rounds=options.rounds, only=options.only)
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if float(text) > 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"a number above 0 is wanted, not {text!r}")
+
+
+def _whole(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"a whole number above 0 is wanted, not {text!r}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,5 @@
+TITLE = "x"
+WORKLOADS = []
+
+
+async def measure(*a, **k): ...

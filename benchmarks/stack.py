@@ -1,0 +1,150 @@
+"""The daemon's processes on servers of their own, as a benchmark needs them.
+
+Postgres, Redis, the stand-in, listener and workers are processes apart, as in production. Postgres keeps the
+time of each commit, which is how a benchmark learns when a derived row was there without asking all the time.
+"""
+
+import asyncio
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from examples.demo.database import Connection, connect, execute
+from examples.demo.processes import Child, Children, DemoError
+from standin.embedded import EmbeddedPostgres, EmbeddedRedis, bootstrap_supabase
+
+PYTHON: Final = (sys.executable, "-m")
+QUEUE = "bench"
+_LOOK_SECONDS = 0.1
+
+ORDERS = """
+create table public.orders (
+  id          bigint generated always as identity primary key,
+  customer_id bigint not null,
+  status      text not null,
+  amount      numeric(12,2) not null,
+  created_at  timestamptz not null default now(),
+  updated_at  timestamptz
+);
+create index on public.orders (customer_id);
+alter table public.orders replica identity full;
+alter publication supabase_realtime add table public.orders;
+grant select on public.orders to service_role;
+"""
+
+
+@dataclass
+class Stack:
+    """What is running, and how to start more of it."""
+
+    folder: Path
+    database_url: str
+    redis_url: str
+    realtime_url: str
+    service_role_key: str
+    settings: dict[str, str]
+    children: Children
+    db: Connection
+
+    async def listener(self) -> Child:
+        """Start the listener; returns when it is subscribed."""
+        child = await self.children.start("listener", [*PYTHON, "worker", "listen"], self.settings)
+        await child.said(lambda line: line if line.get("message") == "subscribed" else None)
+        return child
+
+    async def worker(self, number: int = 1) -> Child:
+        """Start a worker by the arq command; returns when it is ready to work."""
+        command = [*PYTHON, "arq", "worker.jobs.WorkerSettings"]
+        child = await self.children.start(f"worker {number}", command, self.settings)
+        await child.said(lambda line: line if line.get("message") == "working" else None)
+        return child
+
+    async def until(self, query: str, value: int, *, seconds: float, children: tuple[Child, ...]) -> None:
+        """Wait until a query gives at least a value: commits of other processes send no signal.
+
+        Raises:
+            DemoError: a child has ended, or the time is over.
+        """
+        deadline = time.monotonic() + seconds
+        while (found := await self.db.fetchval(query)) is None or found < value:
+            for child in children:
+                if child.ended:
+                    raise child.explained()
+            if time.monotonic() > deadline:
+                raise DemoError(
+                    f"after {seconds:.0f} s {query!r} gives {found}, not {value}: see {self.folder}"
+                )
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+@asynccontextmanager
+async def stack(
+    handlers: str, tables: str, *, poll_interval: float = 0.02, **settings: str
+) -> AsyncIterator[Stack]:
+    """Start servers and stand-in with these tables and Tailrace's; listener and workers are the caller's.
+
+    Args:
+        handlers: value of HANDLERS.
+        tables: SQL, run before the migrations.
+        poll_interval: of the stand-in, in seconds.
+        settings: further settings of listener and workers.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="tailrace-benchmark-"))
+    children = Children(folder)
+    failed = True
+    try:
+        async with (
+            EmbeddedPostgres(folder / "postgres", settings={"track_commit_timestamp": "on"}) as postgres,
+            EmbeddedRedis(folder / "redis") as redis,
+        ):
+            url = postgres.dsn()
+            await bootstrap_supabase(url)
+            await execute(url, tables)
+            db = await connect(url)
+            try:
+                told = await _standin(children, url, poll_interval)
+                chosen = _settings(told, url, redis.url) | {"HANDLERS": handlers} | settings
+                migration = await children.start("migration", [*PYTHON, "worker", "migrate"], chosen)
+                await migration.succeed()
+                yield Stack(
+                    folder=folder,
+                    database_url=url,
+                    redis_url=redis.url,
+                    realtime_url=str(told["realtime_url"]),
+                    service_role_key=str(told["service_role_key"]),
+                    settings=chosen,
+                    children=children,
+                    db=db,
+                )
+            finally:
+                await children.end()
+                await db.close()
+        failed = False
+    finally:
+        if not failed:  # the logs say why
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _standin(children: Children, database_url: str, poll_interval: float) -> Mapping[str, Any]:
+    command = [*PYTHON, "standin", "--database-url", database_url, "--poll-interval", str(poll_interval)]
+    child = await children.start("stand-in", command)
+    return await child.said(lambda line: line if "realtime_url" in line else None)
+
+
+def _settings(told: Mapping[str, Any], database_url: str, redis_url: str) -> dict[str, str]:
+    return {
+        "SUPABASE_URL": str(told["supabase_url"]),
+        "SUPABASE_SERVICE_ROLE_KEY": str(told["service_role_key"]),
+        "DATABASE_URL": database_url,
+        "REDIS_URL": redis_url,
+        "PORT": "0",
+        "WORKER_QUEUE": QUEUE,
+        "WORKER_DELIVERY": "plain",
+        "WORKER_LOG_FORMAT": "json",
+    }
