@@ -85,15 +85,15 @@ class Stack:
 
 @asynccontextmanager
 async def stack(
-    handlers: str, tables: str, *, poll_interval: float = 0.02, **settings: str
+    handlers: str, tables: str, settings: Mapping[str, str] | None = None, poll_interval: float = 0.02
 ) -> AsyncIterator[Stack]:
     """Start servers and stand-in with these tables and Tailrace's; listener and workers are the caller's.
 
     Args:
         handlers: value of HANDLERS.
         tables: SQL, run before the migrations.
-        poll_interval: of the stand-in, in seconds.
         settings: further settings of listener and workers.
+        poll_interval: of the stand-in, in seconds.
     """
     folder = Path(tempfile.mkdtemp(prefix="tailrace-benchmark-"))
     children = Children(folder)
@@ -109,7 +109,7 @@ async def stack(
             db = await connect(url)
             try:
                 told = await _standin(children, url, poll_interval)
-                chosen = _settings(told, url, redis.url) | {"HANDLERS": handlers} | settings
+                chosen = _settings(told, url, redis.url) | {"HANDLERS": handlers} | dict(settings or {})
                 migration = await children.start("migration", [*PYTHON, "worker", "migrate"], chosen)
                 await migration.succeed()
                 yield Stack(

@@ -1,7 +1,7 @@
 """A websocket client beside the listener, in a process of its own: notes when the frame of each row arrived.
 
-It is subscribed as the listener is, and does nothing between frames but wait. What it has noted it writes when it
-is asked to end (SIGTERM): a JSON object from id of the row to nanoseconds since 1970.
+It is subscribed as the listener is, and does nothing between frames but wait. What it has noted it writes
+when it is asked to end (SIGTERM): a JSON object from id of the row to nanoseconds since 1970.
 """
 
 import argparse
