@@ -305,10 +305,10 @@ def _count(batch: Sequence[Read], blocked: set[bytes]) -> tuple[dict[bytes, int]
     for _, entry in batch:
         held_key = next((key for key in entry.keys if key in blocked), None)
         if held_key is not None:
-            waiting[held_key] = waiting.get(held_key, 0) + 1
+            waiting[held_key] = waiting.get(held_key, 0) + entry.changes
         counted = held_key is not None
         for key in entry.keys:
             if key not in blocked:
-                free[key] = free.get(key, 0) + (not counted)
+                free[key] = free.get(key, 0) + (0 if counted else entry.changes)
                 counted = True
     return free, waiting

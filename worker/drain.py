@@ -35,6 +35,10 @@ MOST_TRIES = 50
 """Transactions of one pass, each with more care than the one before."""
 
 
+class _HoleError(Exception):
+    """Something is missing between the position and the next entry."""
+
+
 class Drain:
     """Drains the lanes of one handler."""
 
@@ -95,6 +99,8 @@ class Drain:
                     together = False
                 else:
                     spoilers[spoilt.spoiler] = spoilt.failure
+            except _HoleError:
+                return await self._ask_reread(lane)
             except LaneBlockedError as blocked:
                 cause = blocked.__cause__ or blocked
                 return _stopped_by(cause) or Progress(ended=Pass.AWAY, reason=explain(cause))
@@ -121,10 +127,14 @@ class Drain:
             source = await positions.read_source(session)
             if source.generation is None:
                 return progress, None
+            if not source.same_server:
+                reason = "Postgres was restarted or replaced: waiting for the listener to read the log again"
+                return Progress(ended=Pass.AWAY, reason=reason), None
             progress.at = row.position
             turn = Turn(session, lane, row, source, progress, careful, together, spoilers)
             more = row.holding > 0 and await self._applying.retry(turn)
-            reads = await self._lanes.read(source.generation, lane, row.position, self._most)
+            found = await self._lanes.read(source.generation, lane, row.position, self._most)
+            reads = await self._seen(turn, found)
             met: list[int] = []
             if batch := self._applying.cut(turn, _until_meeting(reads)):
                 await self._chained(turn, batch)
@@ -133,10 +143,23 @@ class Drain:
                 more = more or len(batch) < len(reads) or len(reads) >= min(self._most, AT_ONCE)
             elif reads:
                 met = await self._meet(turn, reads[0])
+            elif found:
+                progress.ended = Pass.SOON
             await self._write(turn, met)
         if progress.ended is Pass.EMPTY and (more or spoilers):
             progress.ended = Pass.MORE
         return progress, source.generation
+
+    async def _seen(self, turn: Turn, reads: list[Read]) -> list[Read]:
+        """Cut off what is decoded but cannot be seen yet: a handler would compute from the old state."""
+        xids = {read.entry.xid for read in reads if read.entry.xid is not None}
+        if not xids:
+            return reads
+        visible = await positions.visible(turn.session, xids)
+        for n, read in enumerate(reads):
+            if read.entry.xid is not None and read.entry.xid not in visible:
+                return reads[:n]
+        return reads
 
     async def _meet(self, turn: Turn, read: Read) -> list[int]:
         """Go to a change of several lanes; return the other lanes that have been moved past it."""
@@ -174,6 +197,16 @@ class Drain:
         for number, rows in holding.items():
             await positions.count_held(session, Lane(handler, number), rows)
 
+    async def _ask_reread(self, lane: Lane) -> Progress:
+        """Have the lanes filled again from the slot; nothing was applied."""
+        cause = "entries of a lane were lost in Redis"
+        async with self._engine.begin() as connection:
+            source = await positions.read_source(connection)
+            if source.generation is not None:
+                await positions.ask_reread(connection, source.generation, cause)
+        log.warning("asking the listener to read again", handler=lane.handler, lane=lane.number, cause=cause)
+        return Progress(ended=Pass.HOLE)
+
     async def _after_commit(self, lane: Lane, generation: str | None, progress: Progress) -> Progress:
         """Let Redis forget what Postgres knows; if it does not hear of it, the next pass says it again."""
         if generation is None:
@@ -200,6 +233,8 @@ class Drain:
             previous = read.entry.previous
             hole = hole or (previous != floor and Position.parse(previous) > before)
             before = read.position
+        if hole and turn.source.delivery == "proven":
+            raise _HoleError
         if hole:
             cause = "entries of a lane were lost in Redis"
             tables = sorted({(one.schema, one.table) for one in self.handler.subscriptions})

@@ -33,6 +33,7 @@ TURN_SECONDS = 5.0
 """How long a job keeps a lane that never empties before it is dealt anew, to whichever worker is free."""
 MEETING_SECONDS = 0.02
 BUSY_SECONDS = 0.05
+SOON_SECONDS = 0.002
 MOST_PATIENCE_SECONDS = 0.64
 """The two above double with each pass in vain, up to this: what is waited for rings, or may take long."""
 AWAY_SECONDS = 1.0
@@ -113,7 +114,7 @@ class Draining:
                 return False
             if time.monotonic() > until and progress.ended is not Pass.EMPTY:
                 return await self._deal_anew(lane)
-            in_vain = in_vain + 1 if progress.ended in (Pass.MEETING, Pass.BUSY) else 0
+            in_vain = in_vain + 1 if progress.ended in (Pass.MEETING, Pass.BUSY, Pass.SOON) else 0
             if progress.ended is Pass.MORE or await self._rest(bell, progress.ended, in_vain):
                 continue
             if progress.ended is Pass.EMPTY and await self._leave(lane, bell):
@@ -151,10 +152,12 @@ class Draining:
         seconds = {
             Pass.MEETING: min(MOST_PATIENCE_SECONDS, MEETING_SECONDS * 2.0 ** min(in_vain, 10)),
             Pass.BUSY: min(MOST_PATIENCE_SECONDS, BUSY_SECONDS * 2.0 ** min(in_vain, 10)),
+            Pass.SOON: min(BUSY_SECONDS, SOON_SECONDS * 2.0 ** min(in_vain, 10)),
+            Pass.HOLE: AWAY_SECONDS,
             Pass.AWAY: AWAY_SECONDS,
         }.get(ended, LINGER_SECONDS)
         # News from the lane is no reason to ask a Postgres that is away, or a row that is locked.
-        awaited = self.stopping if ended in (Pass.BUSY, Pass.AWAY) else bell
+        awaited = self.stopping if ended in (Pass.BUSY, Pass.AWAY, Pass.SOON, Pass.HOLE) else bell
         try:
             async with asyncio.timeout(seconds):
                 await awaited.wait()

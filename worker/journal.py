@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker import gaps, lease
 from worker.change import Position, RawChange
 from worker.database import explain, is_away
-from worker.lanes import Backlog, Lane, Lanes, LanesLostError, LaneWriter, Top
+from worker.lanes import Backlog, Content, Lane, Lanes, LanesLostError, LaneWriter, Top
 from worker.queue import refuses_for_now
 from worker.registry import Handler
 from worker.routing import Routed, lane_of
@@ -60,6 +60,7 @@ class Pending(NamedTuple):
     source: str
     payload: bytes
     at: float
+    xid: int | None = None
 
 
 class Journal:
@@ -161,27 +162,27 @@ class Journal:
         """Turn what is pending into entries; again after a change of generation, for they name each other."""
         self._writer.unstage()
         for one in self._pending[: self._batch]:
-            if one.handler.kind == "derive":
-                for number in dict.fromkeys(one.lanes):
-                    keys = [key for key, lane in zip(one.keys, one.lanes, strict=True) if lane == number]
-                    self._entry(one, number, (number,), keys, b"")
-            else:
-                numbers = tuple(sorted(set(one.lanes)))
-                for number in numbers:
-                    self._entry(one, number, numbers, one.keys, one.payload)
+            stage = self._stage_keys if one.handler.kind == "derive" else self._stage_change
+            stage(one)
 
-    def _entry(
-        self, one: Pending, number: int, lanes: tuple[int, ...], keys: Sequence[bytes], payload: bytes
-    ) -> None:
-        self._writer.stage(
-            Lane(one.handler.name, number),
-            one.position,
-            lanes=lanes,
-            keys=keys,
-            source=one.source,
-            payload=payload,
-            at=one.at,
-        )
+    def _stage_keys(self, one: Pending) -> None:
+        """Give each lane of a derive handler the keys that are its own; the first counts the change."""
+        counted = 0
+        for number in dict.fromkeys(one.lanes):
+            keys = tuple(
+                key for key, lane in zip(one.keys, one.lanes, strict=bool(one.keys)) if lane == number
+            )
+            changes = 0 if counted or one.source == "backfill" else 1
+            counted += changes
+            content = Content((number,), keys, one.source, b"", one.at, one.xid, changes)
+            self._writer.stage(Lane(one.handler.name, number), one.position, content)
+
+    def _stage_change(self, one: Pending) -> None:
+        """Put a change into every lane it belongs to, under one id."""
+        numbers = tuple(sorted(set(one.lanes)))
+        content = Content(numbers, one.keys, one.source, one.payload, one.at, one.xid)
+        for number in numbers:
+            self._writer.stage(Lane(one.handler.name, number), one.position, content)
 
     def _settle(self) -> None:
         self.written += self._batch

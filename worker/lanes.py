@@ -76,6 +76,22 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     """Their bytes."""
     at: float
     """When the listener had it, in seconds since 1970."""
+    xid: int | None = None
+    """The transaction's id (32 bits), where the source tells it: applied only once it is visible."""
+    changes: int = 1
+    """For how many changes it counts: 0 where another lane of the handler counts the change."""
+
+
+class Content(NamedTuple):
+    """What an entry carries; its fields are those of Entry."""
+
+    lanes: tuple[int, ...]
+    keys: tuple[bytes, ...]
+    source: str
+    payload: bytes
+    at: float
+    xid: int | None = None
+    changes: int = 1
 
 
 class Read(NamedTuple):
@@ -311,21 +327,22 @@ class LaneWriter:
         if last.decode() not in (self._last, self._newest):
             raise LanesLostError("Redis holds an older copy of the lanes")
 
-    def stage(
-        self,
-        lane: Lane,
-        position: Position,
-        *,
-        lanes: tuple[int, ...],
-        keys: Sequence[bytes],
-        source: str,
-        payload: bytes,
-        at: float,
-    ) -> None:
+    def stage(self, lane: Lane, position: Position, content: Content) -> None:
         """Put an entry into the batch that the next flush writes."""
         before = self._touched.get(lane) or self._tops.get(lane) or Top(self._floor, 0, 0)
-        size = before.size + len(payload) + sum(map(len, keys)) + 64
-        entry = Entry(before.last, lanes, tuple(keys), source, payload, before.entries + 1, size, at)
+        size = before.size + len(content.payload) + sum(map(len, content.keys)) + 64
+        entry = Entry(
+            before.last,
+            content.lanes,
+            content.keys,
+            content.source,
+            content.payload,
+            before.entries + 1,
+            size,
+            content.at,
+            content.xid,
+            content.changes,
+        )
         id_ = str(position)
         self._touched[lane] = Top(id_, entry.count, size)
         self._staged += (str(lane), id_, _ENCODER.encode(entry))

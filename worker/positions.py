@@ -4,7 +4,7 @@ One row a lane, locked by whoever drains it and moved in the handler's own trans
 else, makes effects exactly-once. Nothing here decides what to apply.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import TextClause, text
@@ -38,6 +38,9 @@ class SourceRow(NamedTuple):
     floor: Position
     lanes: int | None
     history: str
+    delivery: str
+    same_server: bool
+    """False where Postgres is not what it was when the generation began (proven delivery alone)."""
 
 
 # A dead or frozen process must not keep the row: Postgres ends its transaction by itself (kernel answers
@@ -55,7 +58,29 @@ _READ = (
 _LOCK = text(f"{_READ} :lane for update nowait")
 _LOCK_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update skip locked")
 _LOOK = text(f"{_READ} any (cast(:lanes as integer[]))")
-_SOURCE = text("select generation, floor_lsn, floor_ordinal, lanes, history from tailrace.source")
+# A restored database names a generation whose lanes hold transactions that no longer exist: its start time
+# and timeline are not those under which the generation began.
+_SOURCE = text(
+    "select generation, floor_lsn, floor_ordinal, lanes, history, delivery,"
+    " delivery = 'plain' or (server_started = pg_postmaster_start_time()"
+    "  and timeline = (select timeline_id from pg_control_checkpoint()))"
+    " from tailrace.source"
+)
+# pgoutput tells 32 bits of a transaction id; what is less than half a circle ahead of now is of the future,
+# and the future is never visible.
+_VISIBLE = text(
+    "with now as ("
+    " select pg_current_snapshot() as snapshot,"
+    "  cast(cast(pg_snapshot_xmax(pg_current_snapshot()) as text) as bigint) as next),"
+    " ahead as ("
+    " select x, mod(x - mod(next, 4294967296) + 4294967296, 4294967296) as by, now.*"
+    " from unnest(cast(:xids as bigint[])) x, now)"
+    " select x from ahead where by >= 2147483648 and next - (4294967296 - by) >= 0"
+    " and pg_visible_in_snapshot(cast(cast(next - (4294967296 - by) as text) as xid8), snapshot)"
+)
+_ASK_REREAD = text(
+    "update tailrace.source set reread = :cause where generation = :generation and reread is null"
+)
 _MOVE = text(
     "update tailrace.lanes set lsn = :lsn, ordinal = :ordinal,"
     " arrived_lsn = case when lsn = :lsn and ordinal = :ordinal then arrived_lsn end,"
@@ -116,7 +141,18 @@ def _row(found: Any) -> LaneRow:  # noqa: ANN401 - a row of text(), which has no
 async def read_source(connection: AsyncConnection | AsyncSession) -> SourceRow:
     """Read the generation in force."""
     row = (await connection.execute(_SOURCE)).one()
-    return SourceRow(row[0], Position(row[1], row[2]), row[3], row[4])
+    return SourceRow(row[0], Position(row[1], row[2]), row[3], row[4], row[5], bool(row[6]))
+
+
+async def visible(session: AsyncSession, xids: Iterable[int]) -> set[int]:
+    """Find which of these transactions (32-bit ids) can be seen: a commit is decoded a little before that."""
+    connection = await session.connection()
+    return {row[0] for row in await connection.execute(_VISIBLE, {"xids": list(xids)})}
+
+
+async def ask_reread(connection: AsyncConnection, generation: str, cause: str) -> None:
+    """Ask the listener to read the source again from the slot, under a new generation."""
+    await connection.execute(_ASK_REREAD, {"generation": generation, "cause": cause})
 
 
 async def move(

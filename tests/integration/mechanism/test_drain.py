@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.mechanism.bench import Bench, at_once, item
 from worker import Change, GiveUp, Handlers, RetryLater
-from worker.lanes import Lane
+from worker.lanes import Content, Lane
 from worker.passes import Pass
 
 WRITE = text("insert into derived_log (handler, position, id, note) values (:handler, :position, :id, :note)")
@@ -333,15 +333,7 @@ async def test_a_change_that_cannot_be_decoded_waits_and_holds_up_no_other_key(
     handler = at.handlers[0]
     for payload in (b"{}", b'{"schema":"public","table":"gone","type":"INSERT","columns":[],"record":{}}'):
         key = f'["{grps[1]}"]'.encode()
-        at.writer.stage(
-            lane,
-            at.journal._clock.next(),
-            lanes=(0,),
-            keys=(key,),
-            source="realtime",
-            payload=payload,
-            at=0.0,
-        )
+        at.writer.stage(lane, at.journal._clock.next(), Content((0,), (key,), "realtime", payload, 0.0))
         await at.writer.flush()
     await fill(at, grps[0], range(1, 2))
     await fill(at, grps[1], range(2, 3))

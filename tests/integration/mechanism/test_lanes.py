@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.integration.mechanism.bench import Bench, item
 from worker import Handlers
 from worker.change import Position
-from worker.lanes import CLAIM_SECONDS, Lane, LanesLostError, LaneWriter, LeaseLostError
+from worker.lanes import CLAIM_SECONDS, Content, Lane, LanesLostError, LaneWriter, LeaseLostError
 
 A = Lane("module.with:colons" + "x" * 180, 3)
 B = Lane("b", 0)
@@ -32,15 +32,8 @@ def writer(at: Bench, holder: str = "me") -> LaneWriter:
 
 
 def stage(to: LaneWriter, lane: Lane, position: int, *, payload: bytes = b"{}") -> None:
-    to.stage(
-        lane,
-        Position(position, 0),
-        lanes=(lane.number,),
-        keys=(b'["1"]',),
-        source="realtime",
-        payload=payload,
-        at=1.0,
-    )
+    content = Content((lane.number,), (b'["1"]',), "realtime", payload, 1.0)
+    to.stage(lane, Position(position, 0), content)
 
 
 async def positions(at: Bench, lane: Lane, after: int = 0) -> list[int]:
