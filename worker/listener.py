@@ -74,6 +74,10 @@ class Listener:
         self._database_trouble: str | None = None
         self._ticked = time.monotonic()
         self._owed: dict[tuple[str, tuple[str, str]], Gap] = {}
+        self._waiting = False
+        """The reader has nothing in hand: all that it took is in the lanes."""
+        self._sure: datetime | None = None
+        """Up to when nothing can have been lost unseen, even if this process ends now."""
         self.read = 0
 
     # Life
@@ -133,6 +137,7 @@ class Listener:
         router = Router(self._handlers, self._catalogue, lanes)
         backfills = Backfills(self._engine, self._handlers, self._catalogue, self._put_keys)
         self._journal, self._source, self._standing_by = journal, source, False
+        self._sure, self._waiting = None, False
         log.info(
             "listening",
             delivery=self._choice.delivery,
@@ -149,12 +154,12 @@ class Listener:
                 )
                 group.create_task(self._backfill(backfills), name="listener: backfill")
         finally:
-            await self._give_up(token, source)
+            await self._give_up(token)
 
-    async def _give_up(self, token: str, source: RealtimeSource) -> None:
+    async def _give_up(self, token: str) -> None:
         try:
             async with asyncio.timeout(2):
-                await asyncio.shield(lease.give_up(self._engine, token, source.sure_until))
+                await asyncio.shield(lease.give_up(self._engine, token, self._sure))
         except Exception as error:  # noqa: BLE001 - on the way out: the lease ends by itself anyway
             log.info("the lease ends by itself", error_class=type(error).__name__)
 
@@ -231,7 +236,9 @@ class Listener:
 
     async def _read(self, source: Source, router: Router, journal: Journal) -> None:
         async with aclosing(source.read()) as batches:  # type: ignore[type-var] # sources are async generators
+            self._waiting = True
             async for batch in batches:
+                self._waiting = False
                 at = time.time()
                 await self._until_room(journal)
                 staged = 0
@@ -245,6 +252,7 @@ class Listener:
                         await journal.flush()
                         staged = 0
                 await journal.flush()
+                self._waiting = True
 
     def _take(self, raw: RawChange, router: Router, journal: Journal, at: float) -> int:
         if (raw.schema, raw.table) == CANARY:
@@ -351,11 +359,15 @@ class Listener:
     ) -> None:
         """Every two seconds: the lease, the lanes, the counters; and the gap from before the start."""
         owed = live_at
+        arrived: datetime | None = None
         while True:
             try:
-                while self._owed:
-                    await self._record(self._owed.popitem()[1])
-                await lease.renew(self._engine, token, source.sure_until)
+                await self._pay()
+                # What had arrived by the last tick is in the lanes once the reader waits for more. Arrived
+                # alone is not enough: what dies with this process on its way to Redis would be in no gap.
+                self._sure = arrived if self._waiting else self._sure
+                arrived = source.sure_until
+                await lease.renew(self._engine, token, self._sure)
                 await self._note_filtered(journal)
                 if owed is not None and (since := source.subscribed_since) is not None:
                     cause = "the listener was not running"
@@ -372,6 +384,13 @@ class Listener:
             await journal.check()
             self._ticked = time.monotonic()
             await asyncio.sleep(lease.RENEW_SECONDS)
+
+    async def _pay(self) -> None:
+        """Record the gaps that are owed; one that has grown meanwhile is owed again."""
+        for name, gap in list(self._owed.items()):
+            await self._record(gap)
+            if self._owed.get(name) is gap:
+                del self._owed[name]
 
     async def _note_filtered(self, journal: Journal) -> None:
         if not journal.filtered:
