@@ -8,7 +8,7 @@ import difflib
 import importlib
 import pkgutil
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Literal
 
@@ -145,8 +145,7 @@ def validate(
         for subscription in handler.subscriptions:
             table = catalogue.tables.get((subscription.schema, subscription.table))
             if table is None:
-                known = [f"{schema}.{name}" for schema, name in catalogue.tables]
-                hint = _closest(subscription.qualified, known)
+                hint = _closest_table(subscription.table, catalogue.tables)
                 problems.append(f"{handler.name}: there is no table {subscription.qualified}{hint}")
                 continue
             if catalogue.publication_exists and not table.published:
@@ -305,7 +304,15 @@ def _closest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, 1)
     if close:
         return f"; did you mean {close[0]}?"
-    return f"; it has {', '.join(names)}" if names and "." not in word else ""
+    return f"; it has {', '.join(names)}" if names else ""
+
+
+def _closest_table(name: str, known: Collection[tuple[str, str]]) -> str:
+    # Without their schema, whose name would make all tables look alike.
+    for close in difflib.get_close_matches(name, {table for _, table in known}, 1):
+        schema = min(schema for schema, table in known if table == close)
+        return f"; did you mean {schema}.{close}?"
+    return "; create it, or correct the name"
 
 
 def _quoted(name: str) -> str:

@@ -249,7 +249,13 @@ def test_an_unknown_table() -> None:
     assert judged(lambda on: on.change("order"), table()) == [
         "there is no table public.order; did you mean public.orders?"
     ]
-    assert judged(lambda on: on.change("zzz.zzz"), table()) == ["there is no table zzz.zzz"]
+    # The schema alone makes no table alike.
+    assert judged(lambda on: on.change("public.zones"), table()) == [
+        "there is no table public.zones; create it, or correct the name"
+    ]
+    assert judged(lambda on: on.change("zzz.zzz"), table()) == [
+        "there is no table zzz.zzz; create it, or correct the name"
+    ]
 
 
 def test_a_table_outside_the_publication() -> None:
