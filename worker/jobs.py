@@ -44,7 +44,7 @@ class WorkerProcess:
         self._stack = AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[Any] | None = None
-        self._failed = False
+        self._code = 0
 
     async def start(self, ctx: dict[str, Any]) -> None:
         """Open what the drain needs; waits for Postgres. arq calls this before it takes jobs."""
@@ -70,8 +70,13 @@ class WorkerProcess:
         self._tasks.discard(task)
         if task.cancelled() or self._pool.stopping:
             return
-        log.critical("a task of the worker ended", task=task.get_name(), exc_info=task.exception())
-        self._failed = True
+        error = task.exception()
+        if isinstance(error, ConfigurationError):
+            _tell(error)
+            self._code = error.exit_code
+        else:
+            log.critical("a task of the worker ended", task=task.get_name(), exc_info=error)
+            self._code = 1
         self._stop(signal.SIGTERM)
 
     def _stop(self, number: signal.Signals) -> None:
@@ -94,7 +99,7 @@ class WorkerProcess:
     def _give_up_waiting(self) -> None:
         """End the process although something does not: what is in flight is rolled back, nothing is lost."""
         log.warning("the drain took too long", seconds=self._settings.drain_seconds)
-        os._exit(1 if self._failed else 0)
+        os._exit(self._code)
 
     async def end(self, ctx: dict[str, Any]) -> None:
         """Close everything. arq calls this last."""
@@ -104,8 +109,8 @@ class WorkerProcess:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._stack.aclose()
         log.info("stopped")
-        if self._failed:
-            sys.exit(1)
+        if self._code:
+            sys.exit(self._code)
 
     async def drain(self, ctx: dict[str, Any], handler: str, number: int) -> None:
         """Drain a lane: the arq job."""
@@ -122,9 +127,13 @@ async def announce(redis: PatientRedis, queue: str, lane: Lane) -> None:
     await redis.publish(f"{queue}:jobs", b"")
 
 
-def _refuse(error: ConfigurationError) -> None:
+def _tell(error: ConfigurationError) -> None:
     for problem in error.problems:
         print(f"tailrace: {problem}", file=sys.stderr)  # noqa: T201 - the log may not be set up yet
+
+
+def _refuse(error: ConfigurationError) -> None:
+    _tell(error)
     raise SystemExit(error.exit_code)
 
 
@@ -145,6 +154,7 @@ def worker_settings() -> type:
     except ConfigurationError as error:
         _refuse(error)
         raise
+    configure_logging(settings)  # before arq's first lines: Redis may be away, and that is said in our words
     url = settings.redis_url.get_secret_value()
     asyncio.set_event_loop(uvloop.new_event_loop())
     pool = PatientRedis(url, queue=settings.queue)
