@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import httpx
@@ -50,6 +52,71 @@ async def servers(folder: Path, **postgres: object) -> AsyncIterator[Servers]:
         EmbeddedRedis(folder / "redis") as redis,
     ):
         yield Servers(database, redis)
+
+
+class Relay:
+    """A way to a server that can be cut: its port refuses connections until it is open, and when it is cut.
+
+    The port stays the same all the time: a second socket, bound and never listening, keeps it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._parts = urlsplit(url)
+        self._kept = socket.socket()
+        self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._kept.bind(("127.0.0.1", 0))
+        self._server: asyncio.Server | None = None
+        self._ways: dict[asyncio.StreamWriter, asyncio.Task[None] | None] = {}
+        port = self._kept.getsockname()[1]
+        user, at, _ = self._parts.netloc.rpartition("@")
+        self.url = urlunsplit(self._parts._replace(netloc=f"{user}{at}127.0.0.1:{port}"))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.cut()
+        self._kept.close()
+
+    async def open(self) -> None:
+        """Let connections through."""
+        host, port = self._kept.getsockname()
+        self._server = await asyncio.start_server(self._through, host, port, reuse_address=True)
+
+    async def cut(self) -> None:
+        """Refuse connections, and break those that are."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        ways = dict(self._ways)
+        for writer in ways:
+            writer.transport.abort()
+        await asyncio.gather(*(way for way in ways.values() if way is not None), return_exceptions=True)
+
+    async def _through(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._ways[writer] = asyncio.current_task()
+        try:
+            far = await asyncio.open_connection(self._parts.hostname, self._parts.port)
+            self._ways[far[1]] = None
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(_pump(reader, far[1]), name="test: to the server")
+                    group.create_task(_pump(far[0], writer), name="test: from the server")
+            finally:
+                far[1].transport.abort()
+                del self._ways[far[1]]
+        except* (OSError, EOFError):
+            pass
+        finally:
+            writer.transport.abort()
+            del self._ways[writer]
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+    raise EOFError
 
 
 class Process:
