@@ -8,7 +8,8 @@ from typing import Any, Final, Protocol, cast
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs] # there are none
 
-GONE: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+# The last one comes where the connection breaks between two messages of a statement.
+GONE: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """What the driver raises when the database goes away, among other things."""
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from examples.demo.comparison import compare
 from examples.demo.database import GONE, Connection, connect, execute
@@ -20,6 +21,7 @@ from examples.demo.observation import Observation, Observer
 from examples.demo.processes import Child, Children, DemoError
 from examples.demo.shop import SOURCE, STOPWATCH, Shop
 from examples.demo.view import Addresses, View
+from standin.embedded.process import tail
 
 _READY_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
@@ -69,7 +71,10 @@ class Demo:
                 code = await self._play(group)
             failed = code != 0
         except BaseExceptionGroup as errors:
-            raise _explained(errors) from errors
+            explained = _explained(errors)
+            if isinstance(explained, GONE):
+                explained = DemoError(self._gone("PostgreSQL", "postgres"))
+            raise explained from errors
         except asyncio.CancelledError:
             failed = False
             raise
@@ -99,6 +104,7 @@ class Demo:
         watch(standin)
         told = await standin.said(lambda line: line if set(_ADDRESSES) <= line.keys() else None)
         settings, url = _settings(told), str(told["database_url"])
+        watchers.append(group.create_task(self._watch_redis(settings["REDIS_URL"]), name="demo: watch Redis"))
 
         view.say(
             "making the tables: the shop's, then Tailrace's and the handlers' (python -m worker migrate)"
@@ -135,6 +141,24 @@ class Demo:
         for watcher in watchers:
             watcher.cancel()
         return code
+
+    async def _watch_redis(self, url: str) -> None:
+        """Hold a connection to Redis until it goes away: nobody else would end for that."""
+        parts = urlsplit(url)
+        try:
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            try:
+                await reader.read()
+            finally:
+                writer.close()
+        except OSError:
+            pass
+        # It goes with the stand-in, too; then the stand-in is the cause, and its watcher says so.
+        await asyncio.sleep(_BLAME_SECONDS)
+        raise DemoError(self._gone("Redis", "redis"))
+
+    def _gone(self, what: str, name: str) -> str:
+        return f"{what} went away; its log ends: {tail(self._folder / 'servers' / name / f'{name}.log', 2)}"
 
     async def _until_ready(self, observer: Observer) -> None:
         """Wait for a subscription and for all workers: only then can every change be delivered."""
@@ -227,7 +251,10 @@ class Demo:
         if self._options.keep is not None:
             self._view.say(f"logs and data: {self._folder}")
         elif failed:
-            shutil.rmtree(self._folder / "servers", ignore_errors=True)
+            servers = self._folder / "servers"
+            for log in servers.glob("*/*.log"):
+                log.rename(self._folder / log.name)
+            shutil.rmtree(servers, ignore_errors=True)
             self._view.say(f"logs: {self._folder} (with --keep-data DIR the database is kept, too)")
         else:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -269,7 +296,4 @@ def _explained(error: BaseException) -> BaseException:
     # A group of errors is known by its parts.
     parts: tuple[BaseException, ...] = getattr(error, "exceptions", ())
     leaves = [_explained(part) for part in parts] or [error]
-    first = next((one for one in leaves if isinstance(one, DemoError)), leaves[0])
-    if isinstance(first, GONE):
-        return DemoError(f"the demo's database went away ({first!r})")
-    return first
+    return next((one for one in leaves if isinstance(one, DemoError)), leaves[0])

@@ -21,6 +21,7 @@ _READY_SECONDS = 90.0
 _END_SECONDS = 8.0
 _LOOK_SECONDS = 0.05
 _SHOWN_LINES = 6
+_SHOWN_CHARACTERS = 1_000
 
 _T = TypeVar("_T")
 
@@ -76,8 +77,8 @@ class Child:
         )
 
     def _tail(self) -> list[str]:
-        lines = [line for line in self._text().splitlines() if line.strip()]
-        return [_readable(line) for line in lines[-_SHOWN_LINES:]] or ["(nothing)"]
+        lines = [_readable(line) for line in self._text().splitlines()]
+        return [line[:_SHOWN_CHARACTERS] for line in lines if line][-_SHOWN_LINES:] or ["(nothing)"]
 
     def _text(self) -> str:
         try:
@@ -186,10 +187,10 @@ def _parsed(line: str) -> Mapping[str, Any]:
 
 
 def _readable(line: str) -> str:
-    """Turn a line of our JSON logs into one for people."""
+    """Turn a line of our JSON logs into one for people; nothing of what is JSON, but no log."""
     content = dict(_parsed(line))
     if "message" not in content:
-        return line.rstrip()
+        return "" if content else line.rstrip()
     level, message = content.pop("level", ""), content.pop("message")
     for name in ("time", "logger"):
         content.pop(name, None)
