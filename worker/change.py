@@ -39,7 +39,8 @@ class _Pair(NamedTuple):
 class Position(_Pair):
     """Where a change stands: (LSN of its commit, ordinal within the transaction), in total order.
 
-    Its text, "<lsn>-<ordinal>", is the id of a Redis stream entry; in plain delivery it is Redis's own id.
+    Its text, "<lsn>-<ordinal>", is the id of a Redis stream entry. In plain delivery the listener gives it:
+    milliseconds, and a number within them.
     """
 
     __slots__ = ()

@@ -6,7 +6,6 @@ Redis, and begins a new generation when Redis has lost the old one. What reads i
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -91,7 +90,6 @@ class Journal:
         self._batch = 0
         """How many of the pending are in the batch whose fate is open: it must not grow until it is known."""
         self._clean_at = datetime.now(UTC)
-        self.filtered: Counter[str] = Counter()
         self.trouble: str | None = None
         """Why nothing can be written just now; None while all is well."""
         self.written = 0

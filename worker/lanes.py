@@ -15,7 +15,7 @@ Keys, all below the prefix `WORKER_QUEUE`:
     {prefix}:bell:{id}, {prefix}:jobs          pub/sub: a lane of this worker has news; arq's queue has a job
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -303,6 +303,22 @@ class LaneWriter:
         self._last = self._newest = last.decode()
         self._tops = await self._lanes.tops(self.generation)
         return True
+
+    async def forget_all_but(self, handlers: Collection[str]) -> None:
+        """Drop the lanes of handlers that are gone: nobody drains them, and they would fill Redis."""
+        gone = [lane for lane in self._tops if lane.handler not in handlers]
+        if not gone:
+            return
+        base = self._lanes.base(self.generation)
+        names = [str(lane) for lane in gone]
+        async with self._lanes.redis.pipeline(transaction=True) as pipe:
+            pipe.delete(*(self._lanes.key(self.generation, lane) for lane in gone))
+            pipe.hdel(f"{base}:tops", *names)
+            pipe.hdel(f"{base}:passed", *names)
+            pipe.hdel(self._lanes.claims, *names)
+            await pipe.execute()
+        for lane in gone:
+            del self._tops[lane]
 
     @property
     def last(self) -> Position:

@@ -34,6 +34,13 @@ _ORPHAN = text(
     "update tailrace.handlers set state = 'orphaned', orphaned_at = clock_timestamp()"
     " where state = 'active' and name <> all (cast(:names as text[])) returning name"
 )
+# What the lanes that go have applied is counted on by those that stay.
+_SHRINK = text(
+    "with gone as (delete from tailrace.lanes where lane >= :lanes returning handler, applied)"
+    " update tailrace.lanes l set applied = l.applied + g.applied"
+    " from (select handler, sum(applied) as applied from gone group by handler) g"
+    " where l.handler = g.handler and l.lane = 0"
+)
 _ORPHANED = text("select orphaned_at from tailrace.handlers where name = :name and state = 'orphaned'")
 
 
@@ -83,6 +90,6 @@ async def _lanes(connection: AsyncConnection, wanted: int, *, settled: bool) -> 
                 "number of lanes is kept: changes are under way or held", wanted=wanted, in_force=current
             )
             return current
-        await connection.execute(text("delete from tailrace.lanes where lane >= :lanes"), {"lanes": wanted})
+        await connection.execute(_SHRINK, {"lanes": wanted})
     await connection.execute(text("update tailrace.source set lanes = :lanes"), {"lanes": wanted})
     return wanted

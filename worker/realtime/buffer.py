@@ -28,6 +28,10 @@ class Buffer:
         self._room = asyncio.Event()
         self._room.set()
 
+    def __len__(self) -> int:
+        """Items that wait to be taken."""
+        return len(self._items)
+
     @property
     def full(self) -> bool:
         """True while nothing more may be read from the socket."""

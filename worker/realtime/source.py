@@ -72,6 +72,11 @@ class RealtimeSource:
         return self._ledger.counts
 
     @property
+    def waiting(self) -> int:
+        """Changes and gaps that have been received and not yet been taken from `read`."""
+        return len(self._ledger.buffer)
+
+    @property
     def subscribed_since(self) -> datetime | None:
         """The moment from which every table is subscribed without a break; None while one is not."""
         return self._ledger.continuity.subscribed_since

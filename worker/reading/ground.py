@@ -1,0 +1,142 @@
+"""What every reading stands on, whatever its delivery."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol, TypeVar
+
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from config.settings import Settings
+from worker import gaps, lease
+from worker.catalogue import Catalogue
+from worker.database import explain, is_away
+from worker.journal import Journal
+from worker.lanes import Lane, Lanes
+from worker.registry import Handler
+from worker.source import Gap, SourceHealth
+
+log = structlog.get_logger(__name__)
+
+CANARY = ("tailrace", "canary")
+AGAIN_SECONDS = 1.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a listener hands to its readings."""
+
+    settings: Settings
+    engine: AsyncEngine
+    lanes: Lanes
+    handlers: Sequence[Handler]
+    catalogue: Catalogue
+    enqueue: Callable[[Lane], Awaitable[None]]
+    alive: Callable[[], None]
+    """Called while a step waits, so that waiting does not look like being stuck."""
+    trouble: Callable[[str | None], None]
+    """Is told why Postgres cannot be used, or None."""
+    tables: tuple[tuple[str, str], ...] = field(init=False)
+    """All tables of the handlers, as (schema, table)."""
+
+    def __post_init__(self) -> None:
+        tables = {(one.schema, one.table) for handler in self.handlers for one in handler.subscriptions}
+        object.__setattr__(self, "tables", tuple(sorted(tables)))
+
+    async def in_redis(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Do a step in Redis, waiting for Redis as long as it takes."""
+        told = False
+        while True:
+            try:
+                return await step()
+            except (RedisError, OSError) as error:
+                if not told:
+                    reason = "REDIS_URL cannot be reached"
+                    log.warning("waiting for Redis", reason=reason, error_class=type(error).__name__)
+                    told = True
+                self.alive()
+                await asyncio.sleep(AGAIN_SECONDS)
+
+    async def in_postgres(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Do a step in Postgres, waiting for Postgres as long as it takes."""
+        while True:
+            try:
+                return await step()
+            except Exception as error:
+                if not is_away(error):
+                    raise
+                self.trouble(explain(error))
+                self.alive()
+                await asyncio.sleep(AGAIN_SECONDS)
+
+    async def record(self, gap: Gap) -> None:
+        """Record a gap, waiting for Postgres as long as it takes."""
+        tables = [table for table in gap.tables if table != CANARY]
+        if not tables:
+            return
+        log.warning("gap", cause=gap.cause, tables=[f"{schema}.{table}" for schema, table in tables[:5]])
+
+        async def write() -> None:
+            async with self.engine.begin() as connection:
+                await gaps.record(
+                    connection, cause=gap.cause, tables=tables, since=gap.since, until=gap.until
+                )
+
+        await self.in_postgres(write)
+
+    async def write_canary(self) -> str:
+        """Change the canary's row; returns what must come back."""
+        token = lease.new_name()
+        async with self.engine.begin() as connection:
+            await connection.execute(
+                text("update tailrace.canary set token = :token, written_at = clock_timestamp()"),
+                {"token": token},
+            )
+        return token
+
+
+class Reading(Protocol):
+    """Reads under one lease."""
+
+    journal: Journal | None
+    """Where it writes; None before `begin`."""
+    lanes: int
+    """Lanes of each handler."""
+
+    async def begin(self) -> None:
+        """Find or make the generation, and bring handlers and lanes into line with what is loaded."""
+        ...
+
+    async def run(self) -> None:
+        """Read for ever.
+
+        Raises (in an ExceptionGroup):
+            LeaseLostError: another listener has taken over.
+        """
+        ...
+
+    async def tick(self) -> None:
+        """Do what is due every two seconds. Postgres may be away: that is the caller's to wait for."""
+        ...
+
+    def filtered(self) -> Mapping[str, int]:
+        """Count the changes that were filtered out and are not yet noted in Postgres, by handler."""
+        ...
+
+    def sure_until(self) -> datetime | None:
+        """Up to when everything that was committed is written down; None where nobody knows."""
+        ...
+
+    def realtime(self) -> SourceHealth:
+        """Tell the state of Realtime."""
+        ...
+
+    def reasons(self) -> list[str]:
+        """Tell why not every commit from now on will be delivered; empty when it will."""
+        ...

@@ -1,0 +1,193 @@
+"""Plain delivery: Realtime's payloads go into the lanes.
+
+Redis holds the only copy of what is under way, so its lanes outlive the listener: a new one takes them over.
+What Realtime, the listener or Redis may have lost is recorded as a gap.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from contextlib import aclosing
+from datetime import datetime
+
+import structlog
+from redis.exceptions import RedisError
+
+from worker import gaps, layout, lease, positions
+from worker.backfill import Backfills
+from worker.change import Position
+from worker.database import is_away
+from worker.journal import Clock, Journal
+from worker.lanes import LaneWriter
+from worker.reading.ground import AGAIN_SECONDS, Ground
+from worker.reading.intake import Intake
+from worker.realtime import RealtimeSource
+from worker.source import Gap, SourceHealth
+
+log = structlog.get_logger(__name__)
+
+FLUSH = 500
+"""Changes in one script call: more would hold up Redis for everybody."""
+
+
+class PlainReading:
+    """Reads Realtime under one lease."""
+
+    def __init__(self, ground: Ground, token: str) -> None:
+        self._ground = ground
+        self._token = token
+        settings = ground.settings
+        self._source = RealtimeSource(
+            settings.realtime_url,
+            settings.service_role_key.get_secret_value(),
+            ground.tables,
+            ground.write_canary,
+            canary_seconds=settings.canary_seconds,
+            publication=settings.publication,
+        )
+        self.journal: Journal | None = None
+        self.lanes = 0
+        self._intake: Intake
+        self._backfills: Backfills
+        self._owed_since: datetime | None = None
+        self._sure: datetime | None = None
+        self._holding = False
+        """True while a batch has left the source and is not yet in the lanes."""
+
+    async def begin(self) -> None:
+        """Take over the generation, or begin one; bring handlers and lanes into line with what is loaded."""
+        ground = self._ground
+        async with ground.engine.begin() as connection:
+            source = await positions.read_source(connection)
+            greatest = await positions.greatest(connection)
+            self._owed_since = await lease.live_since(connection)
+        writer, settled = await self._find_generation(source.generation, source.floor)
+        last = writer.last if writer is not None else Position.ZERO
+        clock = Clock(max(greatest, source.floor, last))
+        present = clock.next()
+        fresh = writer is None
+        if writer is None:
+            writer = LaneWriter(ground.lanes, lease.new_name(), self._token, present)
+            await ground.in_redis(writer.begin)
+        async with ground.engine.begin() as connection:
+            self.lanes = await layout.agree(
+                connection, ground.handlers, ground.settings.lanes, present, settled=settled
+            )
+            floor = present if fresh else source.floor
+            await lease.set_generation(connection, self._token, writer.generation, floor)
+            if fresh and source.generation is not None:
+                cause = "Redis had lost the lanes when the listener started"
+                await gaps.record(connection, cause=cause, tables=ground.tables, since=self._owed_since)
+                log.error("gap", cause=cause, tables=len(ground.tables))
+        self.journal = Journal(
+            engine=ground.engine,
+            lanes=ground.lanes,
+            writer=writer,
+            token=self._token,
+            clock=clock,
+            tables=ground.tables,
+            lane_count=self.lanes,
+            enqueue=ground.enqueue,
+        )
+        self._intake = Intake(ground, self.journal, self.lanes)
+        self._backfills = Backfills(ground.engine, ground.handlers, ground.catalogue, self._intake.put_keys)
+
+    async def _find_generation(
+        self, generation: str | None, floor: Position
+    ) -> tuple[LaneWriter | None, bool]:
+        """Take over the generation that Postgres names, where Redis still has it.
+
+        Returns its writer, or None; and whether nothing is under way.
+        """
+        if generation is None:
+            return None, True
+        ground = self._ground
+        writer = LaneWriter(ground.lanes, generation, self._token, floor)
+        if not await ground.in_redis(writer.take_over):
+            return None, True
+        names = {handler.name for handler in ground.handlers}
+        await ground.in_redis(lambda: writer.forget_all_but(names))
+        backlog = await ground.in_redis(writer.backlog)
+        return writer, backlog.entries == 0
+
+    async def run(self) -> None:
+        """Read and backfill for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._read(), name="listener: read")
+            group.create_task(backfill(self._backfills), name="listener: backfill")
+
+    async def _read(self) -> None:
+        journal, intake, source = self.journal, self._intake, self._source
+        if journal is None:
+            raise RuntimeError("begin() comes first")
+        async with aclosing(source.read()) as batches:  # type: ignore[type-var] # it is an async generator
+            async for batch in batches:
+                at = time.time()
+                self._holding = True
+                await intake.until_room()
+                staged = 0
+                for one in batch:
+                    if isinstance(one, Gap):
+                        await journal.flush()
+                        await self._ground.record(one)
+                        continue
+                    staged += intake.take(one, at)
+                    if staged >= FLUSH:
+                        await journal.flush()
+                        staged = 0
+                # Taken before the flush: what arrives during it is not written yet.
+                sure = source.sure_until if source.waiting == 0 else None
+                await journal.flush()
+                self._sure = sure or self._sure
+                self._holding = False
+
+    async def tick(self) -> None:
+        """Pay what is owed: gaps, counters, and the gap from before the start."""
+        await self._intake.pay()
+        since = self._source.subscribed_since
+        if self._owed_since is not None and since is not None:
+            cause = "the listener was not running"
+            await self._ground.record(Gap(self._owed_since, since, cause, self._ground.tables))
+            self._owed_since = None
+            self._backfills.ask()
+        if self.journal is not None:
+            await self.journal.check()
+
+    def sure_until(self) -> datetime | None:
+        """Up to when everything that was committed is in the lanes.
+
+        Realtime may be sure of more than that: what it has handed over may still wait to be written.
+        """
+        if not self._holding and self._source.waiting == 0:
+            self._sure = self._source.sure_until or self._sure
+        # Until the gap from before the start is recorded, its beginning must not be forgotten.
+        return None if self._owed_since is not None else self._sure
+
+    def realtime(self) -> SourceHealth:
+        """Tell the state of Realtime."""
+        return self._source.health()
+
+    def reasons(self) -> list[str]:
+        """Tell why not every commit from now on will be delivered."""
+        trouble = self.journal.trouble if self.journal is not None else "starting"
+        return [*([trouble] if trouble is not None else []), *self._source.health().reasons]
+
+    def filtered(self) -> Mapping[str, int]:
+        """Count the changes that were filtered out and are not yet noted in Postgres, by handler."""
+        return self._intake.filtered
+
+
+async def backfill(backfills: Backfills) -> None:
+    """Carry out backfills for ever."""
+    while True:
+        try:
+            while await backfills.once():
+                pass
+        except (RedisError, OSError) as error:
+            log.warning("backfill waits for Redis", error_class=type(error).__name__)
+        except Exception as error:
+            if not is_away(error):
+                # A table dropped or altered under our feet ends no process; the backfill is tried again.
+                log.exception("backfill failed", error_class=type(error).__name__)
+            await asyncio.sleep(AGAIN_SECONDS)
+        await backfills.wait()
