@@ -69,10 +69,10 @@ class Intake:
         counts, self.filtered = self.filtered, Counter()
         try:
             async with self._ground.engine.begin() as connection:
-                for name, count in counts.items():
+                for handler, count in counts.items():
                     await connection.execute(
                         text("update tailrace.handlers set filtered = filtered + :count where name = :name"),
-                        {"name": name, "count": count},
+                        {"name": handler, "count": count},
                     )
         except BaseException:
             self.filtered.update(counts)
