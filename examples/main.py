@@ -42,9 +42,9 @@ def configured(environment: Mapping[str, str], env_file: Mapping[str, str | None
 
 
 def _run(named: list[str]) -> int:
-    from worker import commands  # noqa: PLC0415 - the demo must not load the daemon
+    from worker.cli import commands  # noqa: PLC0415 - the demo must not load the daemon
+    from worker.cli.printing import show_problem  # noqa: PLC0415 - as above
     from worker.errors import ConfigurationError  # noqa: PLC0415 - as above
-    from worker.printing import show_problem  # noqa: PLC0415 - as above
 
     try:
         return commands.run()

@@ -1,12 +1,13 @@
 """`python -m worker` and the console script `tailrace`: the entry, and what an error looks like from outside.
 
-Bad input is a line on standard error and exit code 2, never a traceback. The commands are in `worker.cli`.
+Bad input is a line on standard error and exit code 2, never a traceback. The commands are in
+`worker.cli`.
 """
 
 import sys
 from pathlib import Path
 
-from worker.cli import app
+from worker.cli.app import app
 from worker.errors import ConfigurationError
 
 
@@ -19,7 +20,7 @@ def main() -> None:
     try:
         app()
     except ConfigurationError as error:
-        from worker.printing import show_problem  # noqa: PLC0415 - `--help` needs none of it
+        from worker.cli.printing import show_problem  # noqa: PLC0415 - `--help` needs none of it
 
         for problem in error.problems:
             show_problem(problem)

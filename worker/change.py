@@ -1,6 +1,6 @@
 """A change, in both of its shapes: raw as its source wrote it, and typed as handlers see it.
 
-It knows nothing of where changes come from or go to, and makes no typed change itself (see worker.repair).
+It knows nothing of where changes come from or go to, and makes no typed change itself (see rows/repair.py).
 """
 
 import builtins

@@ -21,10 +21,10 @@ from redis.asyncio import Redis
 
 from config.logging import configure_logging
 from config.settings import Settings, load_settings
+from worker.draining.workshop import Workshop
 from worker.errors import ConfigurationError
 from worker.lanes import Lane
 from worker.queue import PatientRedis, decode_job, encode_job
-from worker.workshop import Workshop
 
 log = structlog.get_logger(__name__)
 

@@ -2,7 +2,7 @@
 
 One listener works, any further one stands by. A change goes from here in four steps: the source yields it
 (realtime/), the reading takes it in (reading/) and the router says whose it is (routing.py), the journal
-gives it a position and writes it (journal.py), and a worker drains it (drain.py).
+gives it a position and writes it (reading/journal.py), and a worker drains it (draining/).
 """
 
 import asyncio

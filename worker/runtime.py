@@ -23,13 +23,13 @@ from config.logging import configure_logging
 from config.settings import Settings
 from worker import delivery, loader
 from worker.database import explain, is_away, make_engine, wait_until_up
+from worker.draining.workshop import load_handlers
 from worker.errors import ConfigurationError
 from worker.jobs import announce
 from worker.lanes import Lane
 from worker.listener import Listener
 from worker.queue import PatientRedis, connection_pool
 from worker.web import health_app, serve
-from worker.workshop import load_handlers
 
 if TYPE_CHECKING:
     from alembic.config import Config

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.stack import ROOT, Servers, project
-from worker.cli import app
+from worker.cli.app import app
 
 README = (ROOT / "README.md").read_text()
 TABLES = """

@@ -15,7 +15,7 @@ from standin.embedded import EmbeddedPostgres
 from worker.catalogue import Table, read_catalogue
 from worker.change import Change, Position, RawChange
 from worker.errors import MissingValueError
-from worker.repair import build_changes
+from worker.rows.repair import build_changes
 
 ROWS = """
 drop table if exists public.goods;

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from standin.embedded import EmbeddedPostgres
 from worker.catalogue import Table, read_catalogue
 from worker.change import Position, RawChange
-from worker.repair import build_changes
+from worker.rows.repair import build_changes
 from worker.values import canonical, decode_by_database, decoder, from_canonical
 
 SETUP = """

@@ -17,7 +17,7 @@ import typer
 from config.declared import declared_settings
 from tests.stack import ROOT, Servers, project
 from worker import loader
-from worker.cli import app
+from worker.cli.app import app
 
 PAGES = sorted(
     path for pattern in ("*.md", "docs/*.md", "deploy/*.md", "standin/*.md") for path in ROOT.glob(pattern)

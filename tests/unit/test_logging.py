@@ -50,13 +50,13 @@ Lines = Callable[[], list[dict[str, Any]]]
 
 def test_events_and_library_records_have_one_shape_with_the_context(lines: Lines) -> None:
     with bound_contextvars(handler="shop:totals", lane=3, position="5-1"):
-        structlog.get_logger("worker.drain").info("applied", changes=2)
+        structlog.get_logger("worker.draining.drain").info("applied", changes=2)
         logging.getLogger("somebody").warning("retrying %s", "soon")
     ours, theirs = lines()
     assert ours["message"] == "applied"
     assert ours["changes"] == 2
     assert theirs["message"] == "retrying soon"
-    for line, name, level in ((ours, "worker.drain", "info"), (theirs, "somebody", "warning")):
+    for line, name, level in ((ours, "worker.draining.drain", "info"), (theirs, "somebody", "warning")):
         assert (line["logger"], line["level"]) == (name, level)
         assert (line["handler"], line["lane"], line["position"]) == ("shop:totals", 3, "5-1")
         assert line["time"].endswith("Z")

@@ -15,8 +15,8 @@ from config.settings import Settings
 from worker import gaps, lease
 from worker.catalogue import Catalogue
 from worker.database import explain, is_away
-from worker.journal import Journal
 from worker.lanes import Lane, Lanes
+from worker.reading.journal import Journal
 from worker.registry import Handler
 from worker.source import Gap, SourceHealth
 

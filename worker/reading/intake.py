@@ -10,9 +10,9 @@ from redis.exceptions import RedisError
 from sqlalchemy import text
 
 from worker.change import RawChange
-from worker.journal import Journal
 from worker.lanes import Backlog
 from worker.reading.ground import CANARY, Ground
+from worker.reading.journal import Journal
 from worker.registry import Handler
 from worker.routing import Router
 from worker.source import Gap

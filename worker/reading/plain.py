@@ -13,14 +13,15 @@ from datetime import datetime
 import structlog
 from redis.exceptions import RedisError
 
-from worker import gaps, layout, lease, positions
+from worker import gaps, lease, positions
 from worker.backfill import Backfills
 from worker.change import Position
 from worker.database import is_away
-from worker.journal import Clock, Journal
 from worker.lanes import LaneWriter
+from worker.reading import layout
 from worker.reading.ground import AGAIN_SECONDS, Ground
 from worker.reading.intake import Intake
+from worker.reading.journal import Clock, Journal
 from worker.realtime import RealtimeSource
 from worker.source import Gap, SourceHealth
 

@@ -1,7 +1,7 @@
 """What Realtime's rendering leaves out of a value, so that it must be read again or is missing.
 
 Seen in the real server: columns that are absent (unchanged TOAST, or dropped by error 413), char(n) and
-bit(n) cut to one character (walrus#54), NaN and infinities sent as null. It decides; worker.repair acts.
+bit(n) cut to one character (walrus#54), NaN and infinities sent as null. It decides; worker.rows.repair acts.
 """
 
 from typing import Final

@@ -1,4 +1,3 @@
-# ruff: noqa: INP001 - Alembic loads revisions by path
 """The tables that the example handlers keep."""
 
 import sqlalchemy as sa

@@ -16,19 +16,20 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import await_only
 
 from tests.stack import Servers, _template, execute
-from worker import layout, lease
-from worker.calls import Caller
+from worker import lease
 from worker.catalogue import Catalogue, read_catalogue
 from worker.change import Context, Position, RawChange
 from worker.database import make_engine
-from worker.drain import Drain
-from worker.draining import Draining
-from worker.items import Decoder
-from worker.journal import Clock, Journal
+from worker.draining.calls import Caller
+from worker.draining.drain import Drain
+from worker.draining.items import Decoder
+from worker.draining.passes import Pass, Progress
+from worker.draining.turns import Draining
 from worker.lanes import Lane, Lanes, LaneWriter
-from worker.passes import Pass, Progress
 from worker.positions import Limits
 from worker.queue import connection_pool
+from worker.reading import layout
+from worker.reading.journal import Clock, Journal
 from worker.registry import Handler, Handlers
 from worker.retries import Backoff
 from worker.routing import Router

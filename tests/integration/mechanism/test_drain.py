@@ -12,8 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.mechanism.bench import Bench, at_once, item
 from worker import Change, GiveUp, Handlers, RetryLater
+from worker.draining.passes import Pass
 from worker.lanes import Content, Lane
-from worker.passes import Pass
 
 WRITE = text("insert into derived_log (handler, position, id, note) values (:handler, :position, :id, :note)")
 

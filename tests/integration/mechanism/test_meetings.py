@@ -8,8 +8,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.mechanism.bench import Bench, item
 from worker import Change, Handlers
+from worker.draining.passes import Pass
 from worker.lanes import Lane
-from worker.passes import Pass
 
 
 class Shop:

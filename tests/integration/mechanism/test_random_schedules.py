@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.mechanism.bench import Bench, at_once, item
 from worker import Change, Handlers, RetryLater
-from worker.drain import Drain
+from worker.draining.drain import Drain
 from worker.lanes import Lane
 
 CHANGES = 60

@@ -284,7 +284,7 @@ class Reading(Signals):
     async def healthy(self, condition: Callable[[SourceHealth], object]) -> SourceHealth:
         """Wait for a state of health."""
         async with asyncio.timeout(DEADLINE):
-            while not condition(self.source.health()):  # noqa: ASYNC110 - health has no signal
+            while not condition(self.source.health()):
                 await asyncio.sleep(0.01)
         return self.source.health()
 

@@ -79,7 +79,7 @@ async def test_lost_slot_is_a_gap_and_the_feed_goes_on(watch: Any, db: Any) -> N
     )
     async with asyncio.timeout(20):
         # Postgres has no notification for slots.
-        while await db.fetchval(slot) in (former, None):  # noqa: ASYNC110 - as said
+        while await db.fetchval(slot) in (former, None):
             await asyncio.sleep(0.01)
     await db.execute("insert into tx values (2, 'after')")
     assert [frame["record"]["id"] for frame in await watch.frames("s")] == [1, 2]

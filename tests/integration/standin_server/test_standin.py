@@ -217,7 +217,7 @@ async def test_the_command_alone_brings_its_own_servers(tmp_path: Path) -> None:
 
 async def test_the_command_ends_cleanly_while_it_is_still_starting(tmp_path: Path) -> None:
     async with command("--data", str(tmp_path)) as process, asyncio.timeout(60):
-        while not (tmp_path / "postgres").exists():  # noqa: ASYNC110 (a process gives no other sign)
+        while not (tmp_path / "postgres").exists():
             await asyncio.sleep(0.005)
         process.terminate()
         output, errors = await process.communicate()

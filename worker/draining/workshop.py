@@ -20,14 +20,14 @@ from supabase import AsyncClient
 
 from config.settings import Settings
 from worker import loader
-from worker.calls import Caller
 from worker.catalogue import Catalogue, read_catalogue
 from worker.change import Context
 from worker.database import make_engine, wait_until_up
-from worker.drain import Drain, make_limits
-from worker.draining import SWEEP_SECONDS, Draining, Enqueue
+from worker.draining.calls import Caller
+from worker.draining.drain import Drain, make_limits
+from worker.draining.items import Decoder
+from worker.draining.turns import SWEEP_SECONDS, Draining, Enqueue
 from worker.errors import ConfigurationError
-from worker.items import Decoder
 from worker.lanes import Lanes
 from worker.queue import connection_pool
 from worker.registry import Handler

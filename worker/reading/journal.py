@@ -1,7 +1,7 @@
 """The listener's pen: from routed changes to entries in the lanes, whatever Redis does meanwhile.
 
 It gives changes their positions (in plain delivery the source has none), keeps what is not yet surely in
-Redis, and begins a new generation when Redis has lost the old one. What reads it is in draining.py.
+Redis, and begins a new generation when Redis has lost the old one. What reads it is in worker.draining.
 """
 
 import asyncio

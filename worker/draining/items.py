@@ -15,7 +15,7 @@ from worker.errors import MalformedChange
 from worker.held import HeldRow
 from worker.lanes import Read
 from worker.registry import Handler
-from worker.repair import build_changes
+from worker.rows.repair import build_changes
 from worker.values import from_canonical
 
 _SOURCES: Mapping[str, RawSource] = {"realtime": "realtime", "wal": "wal"}

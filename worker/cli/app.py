@@ -1,4 +1,4 @@
-"""The command line: names, options and help of the commands. What they do is in `worker.commands`.
+"""The command line: names, options and help of the commands. What they do is in `worker.cli.commands`.
 
 Each command imports that module when it is called, so that `--help` need not load drivers and clients.
 """
@@ -42,7 +42,7 @@ def _tailrace(
 @app.command()
 def listen() -> None:
     """Run the listener: read changes and put them into the lanes."""
-    from worker import commands  # noqa: PLC0415 - see the module's docstring
+    from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.listen())
 
@@ -50,7 +50,7 @@ def listen() -> None:
 @app.command()
 def work() -> None:
     """Run a worker: drain the lanes through the handlers; the same as `arq worker.jobs.WorkerSettings`."""
-    from worker import commands  # noqa: PLC0415 - see the module's docstring
+    from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.work())
 
@@ -58,7 +58,7 @@ def work() -> None:
 @app.command()
 def run() -> None:
     """Run a listener and a worker together, as one process tree."""
-    from worker import commands  # noqa: PLC0415 - see the module's docstring
+    from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.run())
 
@@ -69,7 +69,7 @@ def migrate(
     sql: Annotated[bool, typer.Option("--sql", help="Print the SQL instead of running it.")] = False,
 ) -> None:
     """Bring Tailrace's tables and those of the handlers up to date."""
-    from worker import commands  # noqa: PLC0415 - see the module's docstring
+    from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.migrate(sql=sql))
 
@@ -77,7 +77,7 @@ def migrate(
 @app.command()
 def handlers(*, as_json: Json = False) -> None:
     """List the handlers of HANDLERS with what they subscribe to and their options."""
-    from worker import commands  # noqa: PLC0415 - see the module's docstring
+    from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.handlers(as_json=as_json))
 
@@ -85,7 +85,7 @@ def handlers(*, as_json: Json = False) -> None:
 @app.command()
 def check(*, as_json: Json = False) -> None:
     """Examine settings, handlers, database, Redis and Realtime; say what is wrong and what mends it."""
-    from worker import commands  # noqa: PLC0415 - see the module's docstring
+    from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.check(as_json=as_json))
 
@@ -93,6 +93,6 @@ def check(*, as_json: Json = False) -> None:
 @app.command()
 def status(*, as_json: Json = False) -> None:
     """Show what the listener and the workers are doing; from the database if the listener cannot be asked."""
-    from worker import commands  # noqa: PLC0415 - see the module's docstring
+    from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.status(as_json=as_json))

@@ -17,8 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.catalogue import Table
 from worker.change import Change, Position, RawChange, Record
-from worker.reread import read_again
-from worker.shape import Absent, Shape, shape_of
+from worker.rows.reread import read_again
+from worker.rows.shape import Absent, Shape, shape_of
 from worker.values.database import decode_by_database
 from worker.values.scalars import Value
 

@@ -1,4 +1,4 @@
-"""What the commands of `worker.cli` do: read the settings, call the part that does it, print what it found.
+"""What the commands do: read the settings, call the part that does it, print what it found.
 
 Each returns an exit code. Nothing here decides anything about changes; tables go to standard output, logs and
 problems to standard error.
@@ -9,8 +9,8 @@ import asyncio
 from config.declared import unknown_settings
 from config.logging import configure_logging
 from config.settings import Settings, load_settings, load_tunables
-from worker import printing
 from worker.check.findings import Finding
+from worker.cli import printing
 from worker.errors import ConfigurationError
 
 FINE, PROBLEMS, MISUSE = 0, 1, 2
@@ -80,7 +80,7 @@ def check(*, as_json: bool) -> int:
 def status(*, as_json: bool) -> int:
     """Show the state; 1 when not ready."""
     settings = _settings()
-    from worker.asking import NobodyAnswers, ask_status  # noqa: PLC0415 - as above
+    from worker.cli.asking import NobodyAnswers, ask_status  # noqa: PLC0415 - as above
 
     try:
         told = ask_status(settings)

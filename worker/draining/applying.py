@@ -11,12 +11,12 @@ from typing import NamedTuple, TypeVar
 import structlog
 
 from worker import held, positions
-from worker.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome
 from worker.change import Change, Position
+from worker.draining.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome
+from worker.draining.items import Decoder, Item, KeyItem
+from worker.draining.passes import Turn
 from worker.held import HeldRow, Kept
-from worker.items import Decoder, Item, KeyItem
 from worker.lanes import Lane, Read
-from worker.passes import Turn
 from worker.registry import Handler
 from worker.retries import Failure, classify
 

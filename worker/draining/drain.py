@@ -3,7 +3,7 @@
 The order of its steps is what makes it right, and is the same for every delivery: begin, limits, lock the
 row without waiting, read position and generation, retry what is held and due, read the stream above the
 position, check the chain, call the handler, move the position, commit, and only then trim the stream.
-Which worker does it, and when, is not decided here (see draining.py).
+Which worker does it, and when, is not decided here (see turns.py).
 """
 
 import time
@@ -15,14 +15,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from worker import gaps, positions
-from worker.applying import Applying
-from worker.calls import Caller, CallFailedError, LaneBlockedError, TransactionSpoiltError
 from worker.change import Position
 from worker.database import explain, is_away, is_conflict, is_locked
-from worker.items import Decoder
+from worker.draining.applying import Applying
+from worker.draining.calls import Caller, CallFailedError, LaneBlockedError, TransactionSpoiltError
+from worker.draining.items import Decoder
+from worker.draining.meetings import Meeting, meet, other_lanes
+from worker.draining.passes import Pass, Progress, Turn
 from worker.lanes import AT_ONCE, Lane, Lanes, Read
-from worker.meetings import Meeting, meet, other_lanes
-from worker.passes import Pass, Progress, Turn
 from worker.positions import Limits
 from worker.registry import Handler
 from worker.retries import Failure

@@ -9,8 +9,8 @@ greater id, so no circle can form. Derive handlers need no meeting: each lane co
 import enum
 
 from worker import positions
+from worker.draining.passes import Turn
 from worker.lanes import Lane, Read
-from worker.passes import Turn
 
 
 class Meeting(enum.Enum):

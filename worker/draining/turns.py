@@ -20,9 +20,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import held, positions
 from worker.database import explain
-from worker.drain import Drain
+from worker.draining.drain import Drain
+from worker.draining.passes import Pass, Progress
 from worker.lanes import CLAIM_SECONDS, Lane, Lanes
-from worker.passes import Pass, Progress
 
 log = structlog.get_logger(__name__)
 
