@@ -80,8 +80,10 @@ class Demo:
             raise
         finally:
             self._view.freeze()
-            await self._children.end()
-            self._clean(failed=failed)
+            unclean = await self._children.end()
+            for child in unclean:
+                self._view.say(f"when asked to end, {child.explained()}", "yellow")
+            self._clean(failed=failed or bool(unclean))
         return code
 
     @property
@@ -282,7 +284,7 @@ def _settings(told: Mapping[str, Any]) -> dict[str, str]:
         "REDIS_URL": str(told["redis_url"]),
         "HANDLERS": "handlers",
         "PORT": "0",
-        "WORKER_DRAIN_SECONDS": "5",
+        "WORKER_DRAIN_SECONDS": "3",
         "WORKER_LOG_FORMAT": "json",
     }
 

@@ -41,6 +41,8 @@ class Child:
         self.name = name
         self.log = log
         self.ending = False
+        self.unclean = False
+        """Whether it was asked to end, and did so with another exit code than 0."""
         self._process = process
 
     @property
@@ -109,8 +111,9 @@ class Child:
 
     async def end(self) -> None:
         """End it in an orderly way; after a while, kill it."""
-        self.ending = True
+        running, self.ending = not self.ended, True
         await self._process.end(signal.SIGTERM, grace=_END_SECONDS)
+        self.unclean = running and self._process.returncode != 0
 
 
 class Children:
@@ -144,13 +147,14 @@ class Children:
         self._started.append(child)
         return child
 
-    async def end(self) -> None:
-        """End all, those first that need the others."""
+    async def end(self) -> list[Child]:
+        """End all, those first that need the others; returns those that did not end cleanly."""
         stages: dict[bool, list[Child]] = {False: [], True: []}
         for child in self._started:
             stages[child is self._started[0]].append(child)
         for stage in stages.values():
             await asyncio.gather(*(child.end() for child in stage))
+        return [child for child in self._started if child.unclean]
 
 
 def _environment(inherited: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
