@@ -5,6 +5,7 @@ drain's. The settings are read when arq asks for `WorkerSettings`, not when this
 """
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -63,6 +64,7 @@ class WorkerProcess:
             task = asyncio.create_task(work, name=name)
             task.add_done_callback(self._ended)
             self._tasks.add(task)
+        settle_memory()
         log.info("working", worker=workshop.draining.name, handlers=len(workshop.handlers))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -119,6 +121,12 @@ class WorkerProcess:
 
     async def _enqueue(self, lane: Lane) -> None:
         await announce(self._pool, self._settings.queue, lane)
+
+
+def settle_memory() -> None:
+    """Keep what was loaded at the start out of garbage collections: a full one stops the loop for 80 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 async def announce(redis: PatientRedis, queue: str, lane: Lane) -> None:

@@ -49,13 +49,15 @@ _LIMITS = (
     "set_config('idle_in_transaction_session_timeout', :idle, true),"
     " set_config('client_connection_check_interval', '1000', true)"
 )
-_SET = text(f"select {_LIMITS}")
-_SET_ALL = text(f"select {_LIMITS}, set_config('transaction_timeout', :total, true)")
-_READ = (
-    "select lane, lsn, ordinal, arrived_lsn, arrived_ordinal, holding from tailrace.lanes"
-    " where handler = :handler and lane = "
+_ROW = "lane, lsn, ordinal, arrived_lsn, arrived_ordinal, holding"
+_FROM = "from tailrace.lanes where handler = :handler and lane ="
+_READ = f"select {_ROW} {_FROM}"
+# Limits and lock in one round trip; the limits concern what comes after the lock, which itself never waits.
+_LOCK = text(f"select {_ROW}, {_LIMITS} {_FROM} :lane for update nowait")
+_LOCK_ALL = text(
+    f"select {_ROW}, {_LIMITS}, set_config('transaction_timeout', :total, true)"
+    f" {_FROM} :lane for update nowait"
 )
-_LOCK = text(f"{_READ} :lane for update nowait")
 _LOCK_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update skip locked")
 _LOOK = text(f"{_READ} any (cast(:lanes as integer[]))")
 # A restored database names a generation whose lanes hold transactions that no longer exist: its start time
@@ -107,11 +109,10 @@ async def lock(session: AsyncSession, lane: Lane, limits: Limits) -> LaneRow | N
         sqlalchemy.exc.DBAPIError: with SQLSTATE 55P03 where somebody else holds the row.
     """
     connection = await session.connection()
+    parameters = {"handler": lane.handler, "lane": lane.number, "idle": str(limits.idle_ms)}
     if limits.total_ms:
-        await connection.execute(_SET_ALL, {"idle": str(limits.idle_ms), "total": str(limits.total_ms)})
-    else:
-        await connection.execute(_SET, {"idle": str(limits.idle_ms)})
-    found = (await connection.execute(_LOCK, {"handler": lane.handler, "lane": lane.number})).one_or_none()
+        parameters["total"] = str(limits.total_ms)
+    found = (await connection.execute(_LOCK_ALL if limits.total_ms else _LOCK, parameters)).one_or_none()
     return None if found is None else _row(found)
 
 

@@ -25,7 +25,7 @@ from worker import delivery, loader
 from worker.database import explain, is_away, make_engine, wait_until_up
 from worker.draining.workshop import load_handlers
 from worker.errors import ConfigurationError
-from worker.jobs import announce
+from worker.jobs import announce, settle_memory
 from worker.lanes import Lane
 from worker.listener import Listener
 from worker.queue import PatientRedis, connection_pool
@@ -73,6 +73,7 @@ async def _listen(settings: Settings) -> None:
                 enqueue=enqueue,
             )
             waiting.follow(listener)
+            settle_memory()
             await listener.run()
     finally:
         arq.stopping = True

@@ -133,14 +133,15 @@ class Drain:
             progress.at = row.position
             turn = Turn(session, lane, row, source, progress, careful, together, spoilers)
             more = row.holding > 0 and await self._applying.retry(turn)
-            found = await self._lanes.read(source.generation, lane, row.position, self._most)
+            most = self._most  # passes over other lanes change it meanwhile
+            found = await self._lanes.read(source.generation, lane, row.position, most)
             reads = await self._seen(turn, found)
             met: list[int] = []
             if batch := self._applying.cut(turn, _until_meeting(reads)):
                 await self._chained(turn, batch)
                 await self._applying.fresh(turn, batch)
                 progress.last = batch[-1]
-                more = more or len(batch) < len(reads) or len(reads) >= min(self._most, AT_ONCE)
+                more = more or len(batch) < len(reads) or len(reads) >= min(most, AT_ONCE)
             elif reads:
                 met = await self._meet(turn, reads[0])
             elif found:

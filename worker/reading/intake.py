@@ -20,6 +20,9 @@ from worker.source import Gap
 log = structlog.get_logger(__name__)
 
 FULL_SECONDS = 0.1
+LOOK_CHANGES = 100
+LOOK_BYTES = 4 * 1024 * 1024
+"""The backlog is looked at again after so much: its bounds are as exact as that."""
 
 
 class Intake:
@@ -30,6 +33,8 @@ class Intake:
         self._journal = journal
         self._router = Router(ground.handlers, ground.catalogue, lanes)
         self._owed: dict[tuple[str, tuple[str, str]], Gap] = {}
+        self._changes = LOOK_CHANGES
+        self._bytes = 0
         self.filtered: Counter[str] = Counter()
         """Not yet noted in Postgres."""
 
@@ -44,6 +49,8 @@ class Intake:
             self._cannot_route(raw, handler, reason)
         if routes.matched:
             self._journal.add(raw, routes.matched, at)
+            self._changes += len(routes.matched)
+            self._bytes += len(raw.payload) * len(routes.matched)
         return len(routes.matched)
 
     def _cannot_route(self, raw: RawChange, handler: Handler, reason: str) -> None:
@@ -80,8 +87,11 @@ class Intake:
 
     async def until_room(self) -> None:
         """Wait while the lanes are full: the source holds the rest."""
+        if self._changes < LOOK_CHANGES and self._bytes < LOOK_BYTES:
+            return
         told = False
         while True:
+            self._changes = self._bytes = 0
             try:
                 backlog = await self._journal.backlog()
             except (RedisError, OSError):
