@@ -5,7 +5,8 @@ It knows nothing of where changes come from or go to, and makes no typed change 
 
 import builtins
 import datetime as dt
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeVar, cast
@@ -103,6 +104,79 @@ def _columns(raw: msgspec.Raw) -> tuple[Column, ...]:
     return known
 
 
+_log_column_list: Final = msgspec.msgpack.Decoder(list[tuple[str, str]]).decode
+_known_log_columns: Final[dict[bytes, tuple[tuple[Column, ...], tuple[str, ...]]]] = {}
+
+
+def _log_columns(raw: bytes) -> tuple[tuple[Column, ...], tuple[str, ...]]:
+    """Read a list of columns of the log; gives them, and their names alone."""
+    if len(_known_log_columns) >= _KNOWN_COLUMNS_LIMIT:
+        _known_log_columns.clear()
+    columns = tuple([Column(name, type_name) for name, type_name in _log_column_list(raw)])
+    known = _known_log_columns[raw] = (columns, tuple([column.name for column in columns]))
+    return known
+
+
+def encode_columns(columns: Sequence[tuple[str, str]]) -> bytes:
+    """Write a list of (name, pg_type.typname) for a `LogChange`; once for each table."""
+    return msgspec.msgpack.encode(list(columns))
+
+
+# A value of the write-ahead log: Postgres's text, None for NULL, False for what the log does not carry.
+LogValue = bytes | bool | None
+
+
+class LogChange(msgspec.Struct, frozen=True, array_like=True):
+    """A change of the write-ahead log as it goes through a lane, in msgpack.
+
+    It outlives versions in held rows: fields may be added at the end, with a default, and none may go.
+
+    Attributes:
+        schema: schema of the table.
+        table: name of the table.
+        type: what happened.
+        columns: the list of columns, as `encode_columns` gives it.
+        record: values of the new row in the order of the columns; None for DELETE and TRUNCATE.
+        old_record: values of the old row in the order of the columns; None for INSERT and TRUNCATE.
+        committed: time of the commit, microseconds since 1970.
+        xid: the transaction, 32 bits.
+        lsn: of the commit.
+        ordinal: within the transaction.
+    """
+
+    schema: str
+    table: str
+    type: ChangeType
+    columns: bytes
+    record: list[LogValue] | None
+    old_record: list[LogValue] | None
+    committed: int
+    xid: int
+    lsn: int
+    ordinal: int
+
+
+_log_decode: Final = msgspec.msgpack.Decoder(LogChange).decode
+_log_encode: Final = msgspec.msgpack.Encoder().encode
+_EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+@functools.lru_cache(maxsize=64)
+def _iso(microseconds: int) -> str:
+    """Give microseconds since 1970 as ISO text; all changes of a transaction ask for the same."""
+    return (_EPOCH + dt.timedelta(microseconds=microseconds)).isoformat(timespec="microseconds")
+
+
+def _carried(names: tuple[str, ...], values: list[LogValue]) -> dict[str, Any]:
+    """Name the values of a row, without those that the log does not carry."""
+    if len(values) != len(names):
+        raise msgspec.ValidationError("as many values as columns are wanted")
+    row = dict(zip(names, values, strict=True))
+    if False in values:
+        return {name: value for name, value in row.items() if value is not False}
+    return row
+
+
 class RawChange(msgspec.Struct, frozen=True):
     """A change as its source wrote it.
 
@@ -112,12 +186,17 @@ class RawChange(msgspec.Struct, frozen=True):
         table: name of the table; of a partition, its own.
         type: what happened.
         columns: the table's columns at that time, as far as we may read them.
-        record: the new row, values as JSON texts; None for DELETE and TRUNCATE.
-        old_record: what is known of the old row, by replica identity; None for INSERT and TRUNCATE.
-        commit_timestamp: ISO text, one per transaction, in milliseconds; None in refusals (errors 400 and
-            401).
+        record: the new row; None for DELETE and TRUNCATE. Values of Realtime are JSON texts (msgspec.Raw),
+            those of the log Postgres's text (bytes) or None for NULL. A column that the source left out, such
+            as an unchanged TOAST value, is not there.
+        old_record: what is known of the old row, by replica identity; None for INSERT and TRUNCATE, and for
+            an UPDATE of which the log has no old values.
+        commit_timestamp: ISO text, one per transaction, in milliseconds (of the log in microseconds); None in
+            refusals (errors 400 and 401).
         errors: Realtime's complaints, such as "Error 413: Payload Too Large".
         payload: what goes into a lane; `decode` makes the same change of it again.
+        xid: transaction that wrote it, 32 bits, without its epoch; None where the source does not say.
+        position: where it stands in the log; None where the source does not say.
     """
 
     source: RawSource
@@ -125,23 +204,46 @@ class RawChange(msgspec.Struct, frozen=True):
     table: str
     type: ChangeType
     columns: tuple[Column, ...]
-    record: dict[str, msgspec.Raw] | None
-    old_record: dict[str, msgspec.Raw] | None
+    record: dict[str, Any] | None
+    old_record: dict[str, Any] | None
     commit_timestamp: str | None
     errors: tuple[str, ...]
     payload: bytes
+    xid: int | None = None
+    position: Position | None = None
+
+    @classmethod
+    def of_log(cls, log: LogChange, payload: bytes | None = None) -> "RawChange":
+        """Make a change of the write-ahead log; `payload` is what it was read from, if it was."""
+        columns, names = _known_log_columns.get(log.columns) or _log_columns(log.columns)
+        return cls(
+            "wal",
+            log.schema,
+            log.table,
+            log.type,
+            columns,
+            None if log.record is None else _carried(names, log.record),
+            None if log.old_record is None else _carried(names, log.old_record),
+            _iso(log.committed),
+            (),
+            _log_encode(log) if payload is None else payload,
+            log.xid,
+            Position(log.lsn, log.ordinal),
+        )
 
     @classmethod
     def decode(cls, source: RawSource, payload: bytes) -> "RawChange":
-        """Read the JSON text of a change (Realtime's payload.data); values stay as they are.
+        """Read a change: JSON of Realtime's payload.data, or what `of_log` wrote. Values stay as they are.
 
         Raises:
             MalformedChange: not such a text. The message names the part, never a value.
         """
         try:
+            if source == "wal":
+                return cls.of_log(_log_decode(payload), payload)
             data = _payload(payload)
             columns = _columns(data.columns)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
             raise MalformedChange(f"this payload is no change: {_complaint(error)}") from None
         return cls(
             source,

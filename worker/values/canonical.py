@@ -15,8 +15,8 @@ from typing import Final
 
 import msgspec
 
-from worker.values.arrays import format_array
-from worker.values.decoding import UNREADABLE, text_parser
+from worker.values.arrays import format_array, parse_array
+from worker.values.decoding import UNREADABLE, Form, text_parser
 from worker.values.scalars import (
     INTEGERS,
     JSONS,
@@ -29,7 +29,8 @@ from worker.values.scalars import (
     parse_float4,
 )
 
-Canonicalizer = Callable[[bytes], str | None]
+# Of one value as it came: bytes or msgspec.Raw; in the text form also None.
+Canonicalizer = Callable[[Value], str | None]
 
 _string: Final = msgspec.json.Decoder(str).decode
 _pieces: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -47,15 +48,60 @@ def canonical(value_json: bytes, type_name: str) -> str | None:
     return canonicalizer(type_name)(value_json)
 
 
+def canonicalizer(type_name: str, form: Form = "json") -> Canonicalizer:
+    """Give the function behind `canonical` for one type; for the hot path of routing.
+
+    Both forms of a value have the same canonical text, but for composites and hstore, which json writes as
+    objects. The text form takes None for NULL.
+    """
+    return _of_text(type_name) if form == "text" else _of_json(type_name)
+
+
 @functools.cache
-def canonicalizer(type_name: str) -> Canonicalizer:
-    """Give the function behind `canonical` for one type; for the hot path of routing."""
+def _of_text(type_name: str) -> Canonicalizer:
+    form = _text_form(type_name)
+
+    def canonicalize(raw: bytes | None) -> str | None:
+        return None if raw is None else form(str(raw, "utf-8"))
+
+    return canonicalize
+
+
+def _text_form(type_name: str) -> Callable[[str], str | None]:
+    """Give the function from Postgres's text of a value to the canonical one."""
+    if type_name in {"_json", "_jsonb"}:
+        return _json_array
+    if type_name in JSONS:
+        return lambda text: _json(text.strip().encode())
+    if type_name.startswith("_"):
+        return functools.partial(_text_array, _text_form(type_name[1:]))
+    form = _FORMS.get(type_name)
+    return str if form is None else functools.partial(_formed, form)
+
+
+def _text_array(element: Callable[[str], str | None], text: str) -> str:
+    try:
+        return format_array(parse_array(text, element))
+    except UNREADABLE:
+        return text
+
+
+def _json_array(text: str) -> str:
+    """Write an array of documents as one document, which is how the json form has it."""
+    try:
+        return _canonical_json(parse_array(text, _exact.decode))
+    except UNREADABLE:
+        return text
+
+
+@functools.cache
+def _of_json(type_name: str) -> Canonicalizer:
     if type_name in INTEGERS:
         return _integer
     if type_name in JSONS or type_name in {"_json", "_jsonb"}:
         return _json
     if type_name.startswith("_"):
-        return functools.partial(_array, canonicalizer(type_name[1:]))
+        return functools.partial(_array, _of_json(type_name[1:]))
     if type_name in TEXTS - {"citext", "bpchar"}:
         return _text
     return functools.partial(_scalar, _FORMS.get(type_name, str))
@@ -92,8 +138,10 @@ def _text(raw: bytes) -> str | None:
 
 def _scalar(form: Callable[[str], str], raw: bytes) -> str | None:
     text = _text(raw)
-    if text is None:
-        return None
+    return None if text is None else _formed(form, text)
+
+
+def _formed(form: Callable[[str], str], text: str) -> str:
     try:
         return form(text)
     except UNREADABLE:
@@ -164,8 +212,10 @@ def _float_text(number: float) -> str:
 
 def _moment(parser: Parser, text: str) -> str:
     value = parser(text)
-    # Infinity, and what Python cannot hold, in Postgres's words.
-    return text if isinstance(value, str) or "infinity" in text else str(value.isoformat())
+    # What Python cannot hold, and infinity, in Postgres's words.
+    if isinstance(value, str):
+        return value
+    return text if "infinity" in text else str(value.isoformat())
 
 
 def _interval(text: str) -> str:

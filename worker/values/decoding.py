@@ -53,7 +53,8 @@ def decoder(type_name: str, form: Form) -> Decoder | None:
         form: "json" takes the JSON text of one value (bytes or msgspec.Raw), "text" Postgres's text output.
 
     Returns:
-        A function that does not raise: NULL is None (json form), an unreadable value comes as written.
+        A function that does not raise: NULL (None in the text form) is None, an unreadable value comes as
+        written.
     """
     return _decoder(type_name, form)
 
@@ -107,7 +108,9 @@ def _array_decoder(element: str) -> Decoder:
     return decode
 
 
-def _decode_text(parser: Parser, raw: bytes) -> Value:
+def _decode_text(parser: Parser, raw: bytes | None) -> Value:
+    if raw is None:
+        return None
     text = str(raw, "utf-8")
     try:
         return parser(text)
