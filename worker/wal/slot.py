@@ -23,26 +23,24 @@ _SERVER: Final = text(
     select cast((select system_identifier from pg_catalog.pg_control_system()) as text) as system_identifier,
            pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) as walfile,
            pg_catalog.pg_postmaster_start_time() as started_at,
-           pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn as flushed
+           pg_catalog.pg_current_wal_flush_lsn() as flushed
     """
 )
 # Columns of the view differ between versions: as one document, those that are not there are simply missing.
 _SLOT: Final = text(
     """
     select pg_catalog.to_jsonb(s) as slot, s.database = pg_catalog.current_database() as ours,
-           s.confirmed_flush_lsn - '0/0'::pg_catalog.pg_lsn as confirmed,
-           s.restart_lsn - '0/0'::pg_catalog.pg_lsn as restart,
+           s.confirmed_flush_lsn as confirmed,
+           s.restart_lsn as restart,
            pg_catalog.pg_current_wal_lsn() - s.restart_lsn as retained,
            pg_catalog.current_setting('max_slot_wal_keep_size') as keep_size
     from pg_catalog.pg_replication_slots s where s.slot_name = :slot
     """
 )
-_CREATE: Final = text(
-    "select lsn - '0/0'::pg_catalog.pg_lsn from pg_catalog.pg_create_logical_replication_slot(:slot, :plugin)"
-)
+_CREATE: Final = text("select lsn from pg_catalog.pg_create_logical_replication_slot(:slot, :plugin)")
+# The driver takes and gives an LSN as a number.
 _ADVANCE: Final = text(
-    "select end_lsn - '0/0'::pg_catalog.pg_lsn"
-    " from pg_catalog.pg_replication_slot_advance(:slot, cast(:lsn as pg_catalog.pg_lsn))"
+    "select end_lsn from pg_catalog.pg_replication_slot_advance(:slot, cast(:lsn as pg_catalog.pg_lsn))"
 )
 _TERMINATE: Final = text(
     "select pg_catalog.pg_terminate_backend(active_pid) from pg_catalog.pg_replication_slots"
@@ -258,7 +256,7 @@ async def advance_slot(connection: AsyncConnection, name: str, lsn: int) -> int:
         The LSN at which the slot stands, or the target where it stood beyond that already.
     """
     try:
-        found = await connection.execute(_ADVANCE, {"slot": name, "lsn": as_text(lsn)})
+        found = await connection.execute(_ADVANCE, {"slot": name, "lsn": lsn})
         reached = int(found.scalar_one())
         await connection.commit()
     except DBAPIError as error:

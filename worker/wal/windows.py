@@ -31,16 +31,22 @@ _WINDOW_BYTES: Final = 64 << 20
 """Log read at one look, at most; doubled while nothing is found, until a large transaction fits."""
 _BATCH_CHANGES: Final = 1000
 _BATCH_BYTES: Final = 4 << 20
+_DECODED_AGAIN_BYTES: Final = 4 << 20
+"""From so much log on that each look decodes before it comes to what is new, a snapshot is asked for."""
+_SNAPSHOT_SECONDS: Final = 1.0
 _PORTION_BYTES: Final = 2 << 20
 _PORTION_ROWS: Final = 512
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
 _GROWTH: Final = 1.25
 
 _FLUSHED: Final = text(
-    "select pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn,"
-    " confirmed_flush_lsn - '0/0'::pg_catalog.pg_lsn"
+    "select pg_catalog.pg_current_wal_flush_lsn() as flushed, confirmed_flush_lsn as confirmed,"
+    " restart_lsn as restart"
     " from (select) as one left join pg_catalog.pg_replication_slots on slot_name = :slot"
 )
+# Decoding starts at a recorded snapshot. The server records one every 15 s, or when asked (from PostgreSQL 16
+# on, by those who may).
+_SNAPSHOT: Final = text("select pg_catalog.pg_log_standby_snapshot()")
 _SETTINGS: Final = text(
     "select "
     + ", ".join(f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in TEXT_FORM.items())
@@ -71,6 +77,8 @@ class WindowReader:
 
     def __init__(self, engine: AsyncEngine, *, slot: str, publication: str, names: TypeNames) -> None:
         self._engine = engine
+        # Without the round trips of a transaction around one statement.
+        self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._slot = slot
         self._publication = publication
         self._names = names
@@ -80,6 +88,7 @@ class WindowReader:
         self._window = _WINDOW_BYTES
         self._bell = asyncio.Event()
         self._closed = False
+        self._next_snapshot = 0.0
         self._slot_free = (
             asyncio.Lock()
         )  # one session at a time may use the slot: we do not stand in our own way
@@ -95,7 +104,9 @@ class WindowReader:
         seen = 0
         while not self._closed:
             began = time.monotonic()
-            flushed, confirmed = await self._flushed()
+            flushed, confirmed, restart = await self._stand()
+            if confirmed - restart > _DECODED_AGAIN_BYTES:
+                await self._record_snapshot()
             self._read_to = self._read_to or confirmed
             found = False
             if flushed > max(seen, self._read_to):
@@ -120,7 +131,7 @@ class WindowReader:
         target = min(lsn, self._handed)
         if target > 0:
             try:
-                async with self._engine.connect() as connection, self._slot_free:
+                async with self._single.connect() as connection, self._slot_free:
                     await advance_slot(connection, self._slot, target)
             except DBAPIError as error:
                 raise _failure(error, "the slot cannot be moved") from None
@@ -145,17 +156,30 @@ class WindowReader:
             pass
         self._bell.clear()
 
-    async def _flushed(self) -> tuple[int, int]:
+    async def _stand(self) -> tuple[int, int, int]:
+        """Give the LSNs up to which the log is flushed, where the slot stands, and where decoding starts."""
         try:
-            async with self._engine.connect() as connection:
+            async with self._single.connect() as connection:
                 row = (await connection.execute(_FLUSHED, {"slot": self._slot})).one()
         except (DBAPIError, OSError, TimeoutError) as error:
             raise _failure(error, "the log cannot be read") from None
-        if row[1] is None:
+        if row.confirmed is None:
             raise failure(
                 "42704", f'replication slot "{self._slot}" does not exist', "the log cannot be read"
             )
-        return int(row[0]), int(row[1])
+        return row.flushed, row.confirmed, row.restart or row.confirmed
+
+    async def _record_snapshot(self) -> None:
+        """Ask for a snapshot, at which later looks may start. It is no matter if it is refused."""
+        now = time.monotonic()
+        if now < self._next_snapshot:
+            return
+        self._next_snapshot = now + _SNAPSHOT_SECONDS
+        try:
+            async with self._single.connect() as connection:
+                await connection.execute(_SNAPSHOT)
+        except (DBAPIError, OSError, TimeoutError):
+            self._next_snapshot = float("inf")
 
     async def _look(self, upto: int) -> AsyncIterator[WalBatch]:
         """Read the commits below an LSN, in portions."""
