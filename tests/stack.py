@@ -253,6 +253,11 @@ class Project:
         async with httpx.AsyncClient() as client:
             return await client.get(f"{said['url']}{path}", timeout=10)
 
+    async def reconnect(self) -> None:
+        """Connect anew after the database was restarted."""
+        self.db.terminate()
+        self.db = await asyncpg.connect(self.database_url)
+
     async def until(self, query: str, value: object, seconds: float = DEADLINE_SECONDS) -> None:
         """Wait until a query gives a value: commits of other processes send no signal."""
         deadline = time.monotonic() + seconds
@@ -356,5 +361,5 @@ async def project(
         finally:
             for process in reversed(made.processes):
                 await process.kill()
-            await db.close()
+            await made.db.close()
     await execute(postgres.dsn(), f"drop database {name} with (force)")

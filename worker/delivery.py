@@ -4,6 +4,8 @@ from typing import Literal, NamedTuple
 
 from worker.errors import ConfigurationError
 
+Wanted = Literal["auto", "proven", "plain"]
+
 
 class Choice(NamedTuple):
     """A delivery, with the reason in words."""
@@ -12,21 +14,19 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(wanted: Literal["auto", "proven", "plain"]) -> Choice:
+def choose(wanted: Wanted, *, allowed: bool = True, why_not: str = "") -> Choice:
     """Choose the delivery.
 
     Args:
         wanted: value of WORKER_DELIVERY.
+        allowed: whether the database's user may have a replication slot.
+        why_not: why it may not, with the remedy.
 
     Raises:
         ConfigurationError: what is wanted cannot be had.
     """
-    if wanted == "proven":
-        problem = (
-            "WORKER_DELIVERY=proven: proven delivery is not part of this version yet;"
-            " use `plain`, or `auto`, which will take it once it is there"
-        )
-        raise ConfigurationError([problem])
-    if wanted == "plain":
-        return Choice("plain", "WORKER_DELIVERY=plain")
-    return Choice("plain", "WORKER_DELIVERY=auto: proven delivery is not part of this version yet")
+    if wanted == "proven" and not allowed:
+        raise ConfigurationError([f"WORKER_DELIVERY=proven: {why_not}"])
+    if wanted == "auto":
+        return Choice("plain", "WORKER_DELIVERY=auto: proven delivery is a preview, and must be asked for")
+    return Choice(wanted, f"WORKER_DELIVERY={wanted}")

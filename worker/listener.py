@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 import structlog
@@ -21,9 +22,9 @@ from worker import delivery, lease, status
 from worker.catalogue import Catalogue
 from worker.database import explain, is_away
 from worker.lanes import Lane, Lanes, LeaseLostError
-from worker.reading import Ground, PlainReading, Reading
+from worker.reading import Ground, PlainReading, ProvenReading, Reading
 from worker.registry import Handler
-from worker.source import SourceHealth
+from worker.source import RereadError, SourceHealth
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +41,7 @@ class Listener:
     def __init__(
         self,
         settings: Settings,
+        choice: delivery.Choice,
         *,
         engine: AsyncEngine,
         redis: Redis,
@@ -49,7 +51,7 @@ class Listener:
     ) -> None:
         self._engine = engine
         self._lanes = Lanes(redis, settings.queue)
-        self._choice = delivery.choose(settings.delivery)
+        self._choice = choice
         self._ground = Ground(
             settings=settings,
             engine=engine,
@@ -62,6 +64,8 @@ class Listener:
         )
         self._holder = f"{socket.gethostname()}:{os.getpid()}"
         self._reading: Reading | None = None
+        self._sure: datetime | None = None
+        self._reread_reason: str | None = None
         self._standing_by = False
         self._database_trouble: str | None = None
         self._ticked = time.monotonic()
@@ -73,17 +77,36 @@ class Listener:
         while True:
             token = lease.new_name()
             await self._wait_for_lease(token)
-            try:
-                await self._serve(token)
-            except* LeaseLostError:
-                log.warning("another listener has taken over: standing by")
-            except* Exception as group:
-                if not is_away(group.exceptions[0]):
-                    raise
-                log.warning("starting again", reason=explain(group.exceptions[0]))
-                await asyncio.sleep(STANDBY_SECONDS)
-            finally:
-                self._reading = None
+            await self._read_under(token)
+
+    async def _read_under(self, token: str) -> None:
+        """Read, and read again, until the lease is lost or must be taken anew."""
+        again = True
+        try:
+            while again:
+                again = False
+                try:
+                    await self._serve(token)
+                except* LeaseLostError:
+                    log.warning("another listener has taken over: standing by")
+                except* RereadError as group:
+                    again = True
+                    await self._before_again(group)
+                except* Exception as group:
+                    if not is_away(_first(group)):
+                        raise
+                    log.warning("starting again", reason=explain(_first(group)))
+                    await asyncio.sleep(STANDBY_SECONDS)
+                finally:
+                    self._reading = None
+        finally:
+            await self._give_up(token)
+
+    async def _before_again(self, group: ExceptionGroup[RereadError]) -> None:
+        error = _first(group)
+        self._reread_reason = str(error)
+        log.warning("reading again from the slot", reason=str(error))
+        await asyncio.sleep(error.seconds if isinstance(error, RereadError) else 0)
 
     async def _wait_for_lease(self, token: str) -> None:
         while True:
@@ -107,9 +130,11 @@ class Listener:
     async def _serve(self, token: str) -> None:
         """Work under one lease, until it is lost or the process stops."""
         ground = self._ground
-        reading = PlainReading(ground, token)
+        reading: Reading = PlainReading(ground, token)
+        if self._choice.delivery == "proven":
+            reading = ProvenReading(ground, token)
+        await reading.begin()
         try:
-            await reading.begin()
             self._reading = reading
             log.info(
                 "listening",
@@ -123,12 +148,12 @@ class Listener:
                 group.create_task(reading.run(), name="listener: reading")
                 group.create_task(self._tick(token, reading), name="listener: tick")
         finally:
-            await self._give_up(token, reading)
+            self._sure = reading.sure_until()
 
-    async def _give_up(self, token: str, reading: Reading) -> None:
+    async def _give_up(self, token: str) -> None:
         try:
             async with asyncio.timeout(2):
-                await asyncio.shield(lease.give_up(self._engine, token, reading.sure_until()))
+                await asyncio.shield(lease.give_up(self._engine, token, self._sure))
         except Exception as error:  # noqa: BLE001 - on the way out: the lease ends by itself anyway
             log.info("the lease ends by itself", error_class=type(error).__name__)
 
@@ -172,7 +197,8 @@ class Listener:
         if self._reading is not None:
             reasons += self._reading.reasons()
         elif not reasons:
-            reasons = ["standing by: another listener is active" if self._standing_by else "starting"]
+            waiting = self._reread_reason or "starting"
+            reasons = ["standing by: another listener is active" if self._standing_by else waiting]
         return not reasons, reasons
 
     async def status(self) -> dict[str, Any]:
@@ -189,6 +215,7 @@ class Listener:
             "reason": self._choice.reason,
             "ready": ready,
             "reasons": reasons,
+            "slot": reading.slot() if reading else None,
             "realtime": {
                 "connected": health.connected,
                 "subscribed": health.subscribed,
@@ -198,3 +225,11 @@ class Listener:
                 "canary_seconds": health.canary_seconds,
             },
         }
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    """Give one of the errors of a group, however deep."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

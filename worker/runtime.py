@@ -29,6 +29,7 @@ from worker.jobs import announce, settle_memory
 from worker.lanes import Lane
 from worker.listener import Listener
 from worker.queue import PatientRedis, connection_pool
+from worker.wal.slot import read_permission
 from worker.web import health_app, serve
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ def listen(settings: Settings) -> int:
 
 
 async def _listen(settings: Settings) -> None:
-    delivery.choose(settings.delivery)
     loader.load(settings.handlers)  # what is wrong with the code is told before any waiting
     engine = make_engine(settings.database_url.get_secret_value(), name="tailrace listener", size=6)
     redis: Redis = Redis(connection_pool=connection_pool(settings.redis_url.get_secret_value()))
@@ -59,13 +59,15 @@ async def _listen(settings: Settings) -> None:
         async with serve(app, settings.health_host, settings.port) as served:
             log.info("health of the listener", url=served.url)
             await wait_until_up(engine, told=waiting.tell)
-            handlers, catalogue = await load_handlers(settings, engine)
+            choice = await _choose(settings, engine)
+            handlers, catalogue = await load_handlers(settings, engine, choice.delivery)
 
             async def enqueue(lane: Lane) -> None:
                 await announce(arq, settings.queue, lane)
 
             listener = Listener(
                 settings,
+                choice,
                 engine=engine,
                 redis=redis,
                 handlers=handlers,
@@ -80,6 +82,13 @@ async def _listen(settings: Settings) -> None:
         await arq.aclose(close_connection_pool=True)
         await redis.aclose(close_connection_pool=True)
         await engine.dispose()
+
+
+async def _choose(settings: Settings, engine: AsyncEngine) -> delivery.Choice:
+    """Choose the delivery by what is wanted and what the database allows."""
+    async with engine.connect() as connection:
+        permission = await read_permission(connection, settings.slot)
+    return delivery.choose(settings.delivery, allowed=permission.allowed, why_not=permission.reason)
 
 
 class Waiting:

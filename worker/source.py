@@ -50,3 +50,15 @@ class Source(Protocol):
     def health(self) -> SourceHealth:
         """Tell the state of this moment, without I/O."""
         ...
+
+
+class RereadError(Exception):
+    """The source must be read again from where it stands, under a new generation; the lease is kept.
+
+    Attributes:
+        seconds: to wait before.
+    """
+
+    def __init__(self, cause: str, seconds: float = 0.0) -> None:
+        super().__init__(cause)
+        self.seconds = seconds

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import structlog
 from redis.asyncio import Redis
@@ -42,7 +42,9 @@ AT_ONCE = 8
 DEAF_SECONDS = 10 * SWEEP_SECONDS
 
 
-async def load_handlers(settings: Settings, engine: AsyncEngine) -> tuple[tuple[Handler, ...], Catalogue]:
+async def load_handlers(
+    settings: Settings, engine: AsyncEngine, delivery: Literal["plain", "proven"]
+) -> tuple[tuple[Handler, ...], Catalogue]:
     """Load the handlers and hold them against the database.
 
     Raises:
@@ -52,7 +54,7 @@ async def load_handlers(settings: Settings, engine: AsyncEngine) -> tuple[tuple[
     tables = {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
     async with engine.connect() as connection:
         catalogue = await read_catalogue(connection, settings.publication, tables)
-    problems = loader.validate(handlers, catalogue, "plain", publication=settings.publication)
+    problems = loader.validate(handlers, catalogue, delivery, publication=settings.publication)
     if problems:
         raise ConfigurationError(problems)
     return handlers, catalogue
@@ -85,7 +87,8 @@ class Workshop:
         try:
             loader.load(settings.handlers)  # what is wrong with the code is told before any waiting
             await wait_until_up(engine)
-            handlers, catalogue = await load_handlers(settings, engine)
+            # Which delivery it is, and what that demands of the tables, is the listener's to judge.
+            handlers, catalogue = await load_handlers(settings, engine, "proven")
             draining = Draining(
                 name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
                 engine=engine,

@@ -2,5 +2,6 @@
 
 from worker.reading.ground import Ground, Reading
 from worker.reading.plain import PlainReading
+from worker.reading.proven import ProvenReading
 
-__all__ = ["Ground", "PlainReading", "Reading"]
+__all__ = ["Ground", "PlainReading", "ProvenReading", "Reading"]

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from redis.exceptions import RedisError
@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from config.settings import Settings
 from worker import gaps, lease
+from worker.backfill import Backfills
 from worker.catalogue import Catalogue
 from worker.database import explain, is_away
 from worker.lanes import Lane, Lanes
@@ -118,6 +119,7 @@ class Reading(Protocol):
 
         Raises (in an ExceptionGroup):
             LeaseLostError: another listener has taken over.
+            RereadError: the source must be read again.
         """
         ...
 
@@ -133,6 +135,10 @@ class Reading(Protocol):
         """Up to when everything that was committed is written down; None where nobody knows."""
         ...
 
+    def slot(self) -> dict[str, Any] | None:
+        """Tell the state of the replication slot; None where there is none."""
+        ...
+
     def realtime(self) -> SourceHealth:
         """Tell the state of Realtime."""
         ...
@@ -140,3 +146,19 @@ class Reading(Protocol):
     def reasons(self) -> list[str]:
         """Tell why not every commit from now on will be delivered; empty when it will."""
         ...
+
+
+async def backfill(backfills: Backfills) -> None:
+    """Carry out backfills for ever."""
+    while True:
+        try:
+            while await backfills.once():
+                pass
+        except (RedisError, OSError) as error:
+            log.warning("backfill waits for Redis", error_class=type(error).__name__)
+        except Exception as error:
+            if not is_away(error):
+                # A table dropped or altered under our feet ends no process; the backfill is tried again.
+                log.exception("backfill failed", error_class=type(error).__name__)
+            await asyncio.sleep(AGAIN_SECONDS)
+        await backfills.wait()

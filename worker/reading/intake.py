@@ -39,7 +39,10 @@ class Intake:
         """Not yet noted in Postgres."""
 
     def take(self, raw: RawChange, at: float) -> int:
-        """Take in a change; returns for how many handlers it was written down."""
+        """Take in a change; returns for how many handlers it was written down.
+
+        A TRUNCATE names no key: a derive handler's answer to it is the backfill that a gap asks for.
+        """
         if (raw.schema, raw.table) == CANARY:
             return 0
         routes = self._router.route(raw)
@@ -47,11 +50,16 @@ class Intake:
             self.filtered[handler.name] += 1
         for handler, reason in routes.unroutable:
             self._cannot_route(raw, handler, reason)
-        if routes.matched:
-            self._journal.add(raw, routes.matched, at)
-            self._changes += len(routes.matched)
-            self._bytes += len(raw.payload) * len(routes.matched)
-        return len(routes.matched)
+        matched = routes.matched
+        if raw.type == "TRUNCATE":
+            for one in [one for one in matched if one.handler.kind == "derive"]:
+                self._cannot_route(raw, one.handler, "TRUNCATE")
+                matched.remove(one)
+        if matched:
+            self._journal.add(raw, matched, at)
+            self._changes += len(matched)
+            self._bytes += len(raw.payload) * len(matched)
+        return len(matched)
 
     def _cannot_route(self, raw: RawChange, handler: Handler, reason: str) -> None:
         """Owe a gap for what a handler cannot be given; one for each handler, table and tick."""

@@ -22,11 +22,14 @@ from worker.lanes import Backlog, Content, Lane, Lanes, LanesLostError, LaneWrit
 from worker.queue import refuses_for_now
 from worker.registry import Handler
 from worker.routing import Routed, lane_of
+from worker.source import RereadError
 
 log = structlog.get_logger(__name__)
 
 AWAY_SECONDS = 0.2
 MOST_AWAY_SECONDS = 5.0
+BEHIND = 2**40
+"""Ordinals of what is put behind a transaction: more than any transaction has changes."""
 MOST_AT_ONCE = 1_000
 """Changes in one script call; see FLUSH in listener.py."""
 
@@ -72,16 +75,22 @@ class Journal:
         lanes: Lanes,
         writer: LaneWriter,
         token: str,
-        clock: Clock,
+        clock: Clock | None,
         tables: Sequence[tuple[str, str]],
         lane_count: int,
         enqueue: Callable[[Lane], Awaitable[None]],
     ) -> None:
         self._engine = engine
+        self._rereads = clock is None
+        """The source gives positions, and what Redis loses can be read again from it; else it is a gap."""
+        self._commit = self._behinds = 0
+        self._outside = asyncio.Event()
+        if clock is not None:
+            self._outside.set()
         self._lanes = lanes
         self._writer = writer
         self._token = token
-        self._clock = clock
+        self._clock = clock or Clock(Position.ZERO)
         self._tables = tables
         self._lane_count = lane_count
         self._enqueue = enqueue
@@ -103,20 +112,39 @@ class Journal:
 
     def add(self, raw: RawChange, routed: Sequence[Routed], at: float) -> None:
         """Take in a change; `flush` writes it."""
-        position = self._clock.next()
+        position = raw.position or self._clock.next()
         self._pending += [
-            Pending(position, one.handler, one.keys, one.lanes, raw.source, raw.payload, at) for one in routed
+            Pending(position, one.handler, one.keys, one.lanes, raw.source, raw.payload, at, raw.xid)
+            for one in routed
         ]
+
+    def inside(self, position: Position) -> None:
+        """Note that a transaction of the log is being taken in, up to this change."""
+        self._commit = position.lsn
+        self._outside.clear()
+
+    def outside(self) -> None:
+        """Note that the last transaction is wholly written."""
+        self._outside.set()
 
     async def put_keys(self, handler: Handler, keys: Sequence[bytes]) -> None:
         """Write keys that a derive handler is to compute, whatever changed."""
         at = time.time()
         numbers = tuple(lane_of(handler.name, key, self._lane_count) for key in keys)
-        async with self._lock:
-            self._pending.append(
-                Pending(self._clock.next(), handler, tuple(keys), numbers, "backfill", b"", at)
-            )
-            await self._write()
+        while True:
+            await self._outside.wait()
+            async with self._lock:
+                if not self._outside.is_set():
+                    continue
+                position = self._behind() if self._rereads else self._clock.next()
+                self._pending.append(Pending(position, handler, tuple(keys), numbers, "backfill", b"", at))
+                await self._write()
+                return
+
+    def _behind(self) -> Position:
+        """Give a position behind the last transaction of the log and before any that may come."""
+        self._behinds += 1
+        return Position(self._commit, BEHIND + self._behinds)
 
     async def flush(self) -> None:
         """Write what was taken in. Waits for Redis as long as it takes.
@@ -252,7 +280,13 @@ class Journal:
                     raise LanesLostError("Redis has lost the end of a lane")
 
     async def _begin_generation(self, cause: str) -> None:
-        """Go on under a new name, and record what the old lanes may have held as a gap."""
+        """Go on under a new name, and record what the old lanes may have held as a gap.
+
+        Raises:
+            RereadError: no gap is needed, the source has it all.
+        """
+        if self._rereads:
+            raise RereadError(cause)
         old = self._writer.generation
         # What is pending keeps its positions: a batch of unknown fate may have been applied from the old
         # lanes, and only its positions tell so. The floor is the last position before it.

@@ -11,19 +11,18 @@ from contextlib import aclosing
 from datetime import datetime
 
 import structlog
-from redis.exceptions import RedisError
 
 from worker import gaps, lease, positions
 from worker.backfill import Backfills
 from worker.change import Position
-from worker.database import is_away
 from worker.lanes import LaneWriter
-from worker.reading import layout
-from worker.reading.ground import AGAIN_SECONDS, Ground
+from worker.reading import layout, record
+from worker.reading.ground import Ground, backfill
 from worker.reading.intake import Intake
 from worker.reading.journal import Clock, Journal
 from worker.realtime import RealtimeSource
 from worker.source import Gap, SourceHealth
+from worker.wal.slot import drop_slot, terminate_holder
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +61,10 @@ class PlainReading:
             source = await positions.read_source(connection)
             greatest = await positions.greatest(connection)
             self._owed_since = await lease.live_since(connection)
+        if source.delivery != "plain":
+            await self._leave_the_log()
+            source = source._replace(generation=None, floor=Position.ZERO)
+            greatest = Position.ZERO
         writer, settled = await self._find_generation(source.generation, source.floor)
         last = writer.last if writer is not None else Position.ZERO
         clock = Clock(max(greatest, source.floor, last))
@@ -92,6 +95,18 @@ class PlainReading:
         )
         self._intake = Intake(ground, self.journal, self.lanes)
         self._backfills = Backfills(ground.engine, ground.handlers, ground.catalogue, self._intake.put_keys)
+
+    async def _leave_the_log(self) -> None:
+        """Give up proven delivery: its slot would keep the log for ever, and its positions are others."""
+        ground = self._ground
+        cause = "the delivery was changed from proven to plain"
+        async with ground.engine.begin() as connection:
+            await record.forget(connection)
+            await gaps.record(connection, cause=cause, tables=ground.tables, since=self._owed_since)
+        log.error("gap", cause=cause, tables=len(ground.tables))
+        async with ground.engine.connect() as connection:
+            await terminate_holder(connection, ground.settings.slot)
+            await drop_slot(connection, ground.settings.slot)
 
     async def _find_generation(
         self, generation: str | None, floor: Position
@@ -164,6 +179,10 @@ class PlainReading:
         # Until the gap from before the start is recorded, its beginning must not be forgotten.
         return None if self._owed_since is not None else self._sure
 
+    def slot(self) -> None:
+        """There is none in plain delivery."""
+        return
+
     def realtime(self) -> SourceHealth:
         """Tell the state of Realtime."""
         return self._source.health()
@@ -176,19 +195,3 @@ class PlainReading:
     def filtered(self) -> Mapping[str, int]:
         """Count the changes that were filtered out and are not yet noted in Postgres, by handler."""
         return self._intake.filtered
-
-
-async def backfill(backfills: Backfills) -> None:
-    """Carry out backfills for ever."""
-    while True:
-        try:
-            while await backfills.once():
-                pass
-        except (RedisError, OSError) as error:
-            log.warning("backfill waits for Redis", error_class=type(error).__name__)
-        except Exception as error:
-            if not is_away(error):
-                # A table dropped or altered under our feet ends no process; the backfill is tried again.
-                log.exception("backfill failed", error_class=type(error).__name__)
-            await asyncio.sleep(AGAIN_SECONDS)
-        await backfills.wait()

@@ -1,0 +1,345 @@
+"""Proven delivery: the write-ahead log delivers, Realtime rings.
+
+Redis holds nothing that cannot be read again, so every reading begins a generation of its own from where the
+slot stands; the slot moves only past commits that every lane has passed in Postgres.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from worker import gaps, lease, positions
+from worker.backfill import Backfills
+from worker.change import Position
+from worker.lanes import LaneWriter
+from worker.reading import layout, record
+from worker.reading.ground import CANARY, Ground, backfill
+from worker.reading.intake import Intake
+from worker.reading.journal import Journal
+from worker.reading.slot_rule import slot_target
+from worker.realtime import RealtimeSource
+from worker.source import Gap, RereadError, SourceHealth
+from worker.wal.failures import SlotLostError, SlotMissingError, WalError
+from worker.wal.publication import Fingerprint, interrupted, read_fingerprint
+from worker.wal.reader import Reader, Transport, choose_transport, open_reader
+from worker.wal.slot import (
+    Judgement,
+    Server,
+    SlotState,
+    as_text,
+    create_slot,
+    drop_slot,
+    judge,
+    read_server,
+    read_slot,
+    terminate_holder,
+)
+from worker.wal.type_names import TypeNames
+
+log = structlog.get_logger(__name__)
+
+FLUSH = 500
+"""Changes in one script call: more would hold up Redis for everybody."""
+ADVANCE_SECONDS = 2.0
+IDLE_ADVANCE_SECONDS = 30.0
+"""How often the slot moves when nothing but our own writes happens: moving it is a write, too."""
+
+
+class ProvenReading:
+    """Reads the log under one lease, in one generation."""
+
+    def __init__(self, ground: Ground, token: str) -> None:
+        self._ground = ground
+        self._token = token
+        settings = ground.settings
+        self._realtime = RealtimeSource(
+            settings.realtime_url,
+            settings.service_role_key.get_secret_value(),
+            ground.tables,
+            ground.write_canary,
+            canary_seconds=settings.canary_seconds,
+            publication=settings.publication,
+        )
+        self.journal: Journal | None = None
+        self.lanes = 0
+        self._writer: LaneWriter
+        self._intake: Intake
+        self._backfills: Backfills
+        self._reader: Reader
+        self._transport: Transport
+        self._published: Fingerprint | None = None
+        self._server: Server
+        self._slot: SlotState | None = None
+        self._read_to = 0
+        self._advanced = (0, 0.0)
+        self._busy = False
+        self._lag: float | None = None
+        self._live = False
+
+    # Beginning
+
+    async def begin(self) -> None:
+        """Find the slot or make it, judge what may have been missed, begin a generation where it stands.
+
+        Raises:
+            RereadError: it cannot begin now.
+        """
+        try:
+            await self._begin()
+        except WalError as error:
+            raise RereadError(str(error), seconds=1.0) from error
+
+    async def _begin(self) -> None:
+        ground, settings = self._ground, self._ground.settings
+        url = settings.database_url.get_secret_value()
+        direct = settings.database_direct_url
+        self._transport = await choose_transport(url, direct.get_secret_value() if direct else None)
+        async with ground.engine.connect() as connection:
+            await terminate_holder(connection, settings.slot)
+            await connection.rollback()
+            remembered = await record.read(connection)
+            await connection.rollback()
+            start, server, judgement = await self._find_slot(connection, remembered)
+            self._published = await read_fingerprint(connection, settings.publication)
+        self._server = server
+        await self._begin_generation(start, server, judgement, remembered)
+        self._reader = await open_reader(
+            self._transport,
+            url=direct.get_secret_value() if direct else url,
+            engine=ground.engine,
+            slot=settings.slot,
+            publication=settings.publication,
+            names=TypeNames(ground.engine),
+        )
+        # A commit to begin with: a backfill needs one to stand behind.
+        await ground.write_canary()
+        self._read_to = start
+        self._advanced = (start, time.monotonic())
+
+    async def _find_slot(
+        self, connection: AsyncConnection, remembered: record.Remembered
+    ) -> tuple[int, Server, Judgement]:
+        """Find out where reading starts, and what is wrong with that; makes the slot where there is none."""
+        name = self._ground.settings.slot
+        slot, server = await read_slot(connection, name), await read_server(connection)
+        await connection.rollback()
+        judgement = judge(slot, server, remembered.slot)
+        if judgement.finding == "foreign":
+            raise RereadError(judgement.reason, seconds=5.0)
+        if judgement.finding == "lost":
+            await drop_slot(connection, name)
+        if slot is None or judgement.finding == "lost":
+            start = await create_slot(connection, name)
+            log.info("slot made", slot=name, lsn=as_text(start))
+            if remembered.slot is None:
+                judgement = Judgement("fine", "")  # the very first start: handlers begin at the present
+            return start, await read_server(connection), judgement
+        return slot.confirmed, server, judgement
+
+    async def _begin_generation(
+        self, start: int, server: Server, judgement: Judgement, remembered: record.Remembered
+    ) -> None:
+        ground = self._ground
+        floor = Position(start, -1)
+        writer = LaneWriter(ground.lanes, lease.new_name(), self._token, floor)
+        await ground.in_redis(writer.begin)
+        switched = remembered.generation is not None and remembered.delivery != "proven"
+        missed = judgement.finding != "fine" or switched
+        cause = judgement.reason or "the delivery was changed from plain to proven"
+        async with ground.engine.begin() as connection:
+            since = await lease.live_since(connection)
+            if missed:
+                await record.restart_at(connection, start, new_history=judgement.finding == "history")
+            greatest = await positions.greatest(connection)
+            # All commits below the slot are passed by every lane; none is beyond it: nothing is under way.
+            settled = greatest <= floor
+            present = Position(max(start, server.flushed), -1)
+            self.lanes = await layout.agree(
+                connection, ground.handlers, ground.settings.lanes, present, settled=settled
+            )
+            await lease.set_generation(connection, self._token, writer.generation, floor)
+            await record.begin(connection, self._token, start, server, self._published)
+            await self._gaps_of_start(connection, cause if missed else None, remembered, since)
+            await connection.execute(
+                text("update tailrace.backfills set cursor = null, phase = 'rows' where state = 'running'")
+            )
+        if remembered.generation is not None:
+            await ground.in_redis(lambda: writer.retire(str(remembered.generation)))
+        self._writer = writer
+        self.journal = Journal(
+            engine=ground.engine,
+            lanes=ground.lanes,
+            writer=writer,
+            token=self._token,
+            clock=None,
+            tables=ground.tables,
+            lane_count=self.lanes,
+            enqueue=ground.enqueue,
+        )
+        self._intake = Intake(ground, self.journal, self.lanes)
+        self._backfills = Backfills(ground.engine, ground.handlers, ground.catalogue, self._intake.put_keys)
+
+    async def _gaps_of_start(
+        self,
+        connection: AsyncConnection,
+        cause: str | None,
+        remembered: record.Remembered,
+        since: datetime | None,
+    ) -> None:
+        ours = set(self._ground.tables)
+        if cause is not None:
+            log.error("gap", cause=cause, tables=len(ours))
+            await gaps.record(connection, cause=cause, tables=sorted(ours), since=since)
+            return
+        changed = [table for table in interrupted(remembered.published, self._published) if table in ours]
+        if changed:
+            cause = "the publication was changed while nobody looked"
+            log.error("gap", cause=cause, tables=len(changed))
+            await gaps.record(connection, cause=cause, tables=changed, since=since)
+
+    # Reading
+
+    async def run(self) -> None:
+        """Read, backfill and listen to Realtime for ever."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read(), name="listener: read")
+                group.create_task(backfill(self._backfills), name="listener: backfill")
+                group.create_task(self._hear(), name="listener: realtime")
+        finally:
+            self._live = False
+            await self._reader.close()
+
+    async def _read(self) -> None:
+        journal, intake = self.journal, self._intake
+        if journal is None:
+            raise RuntimeError("begin() comes first")
+        try:
+            async with aclosing(self._reader.read()) as batches:  # type: ignore[type-var] # it is an async generator
+                self._live = True
+                async for batch in batches:
+                    at = time.time()
+                    await intake.until_room()
+                    staged = 0
+                    for position, raw in batch.changes:
+                        journal.inside(position)
+                        self._note(raw.commit_timestamp)
+                        if (raw.schema, raw.table) != CANARY:
+                            self._busy = True
+                            staged += intake.take(raw, at)
+                        if staged >= FLUSH:
+                            await journal.flush()
+                            staged = 0
+                    await journal.flush()
+                    if not batch.open:
+                        journal.outside()
+                    # Only now: what is not wholly in the lanes must be read again.
+                    self._read_to = batch.read_to
+        except (SlotLostError, SlotMissingError) as error:
+            raise RereadError(str(error), seconds=1.0) from error
+        except WalError as error:
+            raise RereadError(str(error), seconds=0.5) from error
+
+    def _note(self, committed: str | None) -> None:
+        if committed is not None:
+            self._lag = max(0.0, time.time() - datetime.fromisoformat(committed).timestamp())
+
+    async def _hear(self) -> None:
+        """Let Realtime ring: a frame says that there is something to read. What it says is not used."""
+        async with aclosing(self._realtime.read()) as batches:  # type: ignore[type-var] # as above
+            async for _ in batches:
+                self._reader.wake()
+
+    # Looking after
+
+    async def tick(self) -> None:
+        """See that slot, server and publication are what they were; move the slot."""
+        ground, settings = self._ground, self._ground.settings
+        await self._intake.pay()
+        async with ground.engine.connect() as connection:
+            server = await read_server(connection)
+            self._slot = await read_slot(connection, settings.slot)
+            published = await read_fingerprint(connection, settings.publication)
+            reread = await connection.scalar(text("select reread from tailrace.source"))
+        if (server.started_at, server.timeline) != (self._server.started_at, self._server.timeline):
+            raise RereadError("Postgres was restarted")
+        if reread is not None:
+            raise RereadError(str(reread))
+        if self._slot is None or self._slot.wal_status == "lost":
+            raise RereadError("the replication slot is gone")
+        await self._compare(published)
+        await self._advance()
+        if self.journal is not None:
+            await self.journal.check()
+
+    async def _compare(self, published: Fingerprint | None) -> None:
+        ours = set(self._ground.tables)
+        changed: Sequence[tuple[str, str]] = [
+            table for table in interrupted(self._published, published) if table in ours
+        ]
+        if changed:
+            now = datetime.now(UTC)
+            await self._ground.record(Gap(None, now, "the publication was changed", tuple(changed)))
+            self._backfills.ask()
+        if published != self._published:
+            async with self._ground.engine.begin() as connection:
+                await record.set_published(connection, self._token, published)
+            self._published = published
+
+    async def _advance(self) -> None:
+        """Move the slot, having recorded where to."""
+        last = {lane: Position.parse(top.last) for lane, top in self._writer.tops.items()}
+        # The read position before the positions: what is enqueued in between is not passed by them.
+        read_to = self._read_to
+        target = slot_target(last, await record.positions(self._ground.engine), read_to)
+        moved, at = self._advanced
+        due = ADVANCE_SECONDS if self._busy else IDLE_ADVANCE_SECONDS
+        if target <= moved or time.monotonic() - at < due:
+            return
+        await record.set_target(self._ground.engine, self._token, target)
+        try:
+            await self._reader.advance(target)
+        except WalError as error:
+            raise RereadError(str(error)) from error
+        self._advanced = (target, time.monotonic())
+        self._busy = False
+
+    # Telling
+
+    def sure_until(self) -> datetime | None:
+        """Up to when everything is accounted for: the slot holds the rest."""
+        return datetime.now(UTC) if self._live else None
+
+    def filtered(self) -> Mapping[str, int]:
+        """Count the changes that were filtered out and are not yet noted in Postgres, by handler."""
+        return self._intake.filtered
+
+    def realtime(self) -> SourceHealth:
+        """Tell the state of Realtime, which is no reason to be unready here."""
+        return self._realtime.health()
+
+    def reasons(self) -> list[str]:
+        """Tell why not every commit from now on will be delivered."""
+        trouble = self.journal.trouble if self.journal is not None else "starting"
+        reading = [] if self._live else ["the replication slot is not being read yet"]
+        return [*([trouble] if trouble is not None else []), *reading]
+
+    def slot(self) -> dict[str, Any] | None:
+        """Tell the state of the slot."""
+        if self._slot is None:
+            return None
+        return {
+            "name": self._slot.name,
+            "wal_status": self._slot.wal_status,
+            "retained_bytes": self._slot.retained_bytes,
+            "confirmed_lsn": as_text(self._slot.confirmed),
+            "transport": self._transport.kind,
+            "lag_seconds": self._lag,
+        }

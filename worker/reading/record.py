@@ -1,0 +1,118 @@
+"""What Postgres remembers of the slot and of the server it belongs to, in the row of the source.
+
+Written before the slot is moved, and read at every start: a slot that stands beyond what is recorded was
+moved by somebody else.
+"""
+
+from typing import NamedTuple
+
+import msgspec
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from worker.change import Position
+from worker.lanes import Lane, LeaseLostError
+from worker.wal.publication import Fingerprint
+from worker.wal.slot import Recorded, Server
+
+_READ = text("select slot_target, system, timeline, published, delivery, generation from tailrace.source")
+_BEGIN = text(
+    "update tailrace.source set delivery = 'proven', slot_target = :target, system = :system,"
+    " timeline = :timeline, server_started = cast(cast(:started as text) as timestamptz),"
+    " published = cast(:published as jsonb), reread = null where lease_token = :token returning id"
+)
+_TARGET = text(
+    "update tailrace.source set slot_target = greatest(slot_target, :target)"
+    " where lease_token = :token returning id"
+)
+_PUBLISHED = text(
+    "update tailrace.source set published = cast(:published as jsonb) where lease_token = :token"
+)
+_FORWARD = text(
+    "update tailrace.lanes set lsn = :lsn, ordinal = -1, arrived_lsn = null, arrived_ordinal = null"
+)
+_FORGET = text(
+    "update tailrace.source set delivery = 'plain', generation = null, slot_target = null, published = null"
+)
+_HISTORY = text("update tailrace.source set history = replace(gen_random_uuid()::text, '-', '')")
+_POSITIONS = text("select handler, lane, lsn, ordinal from tailrace.lanes")
+
+
+class Remembered(NamedTuple):
+    """What was recorded."""
+
+    slot: Recorded | None
+    published: Fingerprint | None
+    delivery: str
+    generation: str | None
+
+
+async def read(connection: AsyncConnection) -> Remembered:
+    """Read what was recorded; the slot is None where there has been none yet."""
+    row = (await connection.execute(_READ)).one()
+    recorded = None if row[0] is None else Recorded(row[0], row[1], row[2])
+    published = None if row[3] is None else msgspec.convert(row[3], Fingerprint)
+    return Remembered(recorded, published, row[4], row[5])
+
+
+async def begin(
+    connection: AsyncConnection, token: str, target: int, server: Server, published: Fingerprint | None
+) -> None:
+    """Record what a generation begins with.
+
+    Raises:
+        LeaseLostError: somebody else has the lease.
+    """
+    document = None if published is None else msgspec.json.encode(published).decode()
+    parameters = {
+        "token": token,
+        "target": target,
+        "system": server.system_identifier,
+        "timeline": server.timeline,
+        "started": server.started_at,
+        "published": document,
+    }
+    if (await connection.execute(_BEGIN, parameters)).one_or_none() is None:
+        raise LeaseLostError("another listener has taken over")
+
+
+async def set_target(engine: AsyncEngine, token: str, target: int) -> None:
+    """Record up to where the slot is about to be moved.
+
+    Raises:
+        LeaseLostError: somebody else has the lease.
+    """
+    async with engine.begin() as connection:
+        found = await connection.execute(_TARGET, {"token": token, "target": target})
+        if found.one_or_none() is None:
+            raise LeaseLostError("another listener has taken over")
+
+
+async def set_published(connection: AsyncConnection, token: str, published: Fingerprint | None) -> None:
+    """Record which tables the publication has."""
+    document = None if published is None else msgspec.json.encode(published).decode()
+    await connection.execute(_PUBLISHED, {"token": token, "published": document})
+
+
+async def restart_at(connection: AsyncConnection, lsn: int, *, new_history: bool) -> None:
+    """Put every lane where the slot is, waiting for those being drained: what was before is a gap."""
+    await connection.execute(_FORWARD, {"lsn": lsn})
+    if new_history:
+        await connection.execute(_HISTORY)
+
+
+async def forget(connection: AsyncConnection) -> None:
+    """Go back to plain delivery: positions begin anew."""
+    await connection.execute(_FORGET)
+    await restart_at(connection, 0, new_history=True)
+
+
+async def positions(engine: AsyncEngine) -> dict[Lane, Position]:
+    """Read the positions of all lanes."""
+    async with engine.connect() as connection:
+        return {
+            Lane(row[0], row[1]): Position(row[2], row[3]) for row in await connection.execute(_POSITIONS)
+        }
+
+
+__all__ = ["Remembered", "begin", "positions", "read", "restart_at", "set_published", "set_target"]
