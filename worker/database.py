@@ -13,6 +13,7 @@ import structlog
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from migrations import HEAD
@@ -65,7 +66,7 @@ def is_lost(error: BaseException) -> bool:
     for one in _chain(error):
         if isinstance(one, DBAPIError) and one.connection_invalidated:
             return True
-        if isinstance(one, asyncpg.InterfaceError):
+        if isinstance(one, (asyncpg.InterfaceError, asyncpg.InternalClientError, PoolTimeoutError)):
             return True
         state = getattr(one, "sqlstate", None)
         if isinstance(state, str) and state.startswith(_LOST_SQLSTATES):

@@ -30,8 +30,9 @@ from worker.queue import PatientRedis, decode_job, encode_job
 log = structlog.get_logger(__name__)
 
 MOST_JOBS = 1_000
-"""A job that waits at an empty lane costs nothing; how many work at once is decided by the drain."""
-JOB_SECONDS = 60
+"""How many lanes are drained at once is not decided by arq: see AT_ONCE in draining/workshop.py."""
+JOB_SECONDS = 10
+"""A job takes a moment; that of a killed worker stands in the queue for so long and ten seconds more."""
 LAST_RESORT_SECONDS = 3.0
 
 
@@ -115,9 +116,9 @@ class WorkerProcess:
             sys.exit(self._code)
 
     async def drain(self, ctx: dict[str, Any], handler: str, number: int) -> None:
-        """Drain a lane: the arq job."""
+        """Begin to drain a lane: the arq job."""
         workshop: Workshop = ctx["workshop"]
-        await workshop.draining.drain(Lane(handler, number))
+        workshop.draining.begin(Lane(handler, number))
 
     async def _enqueue(self, lane: Lane) -> None:
         await announce(self._pool, self._settings.queue, lane)
@@ -182,7 +183,7 @@ def worker_settings() -> type:
         "handle_signals": False,
         "max_jobs": MOST_JOBS,
         "queue_read_limit": MOST_JOBS,
-        "job_timeout": JOB_SECONDS + settings.handler_timeout,
+        "job_timeout": JOB_SECONDS,
         "keep_result": 0,
         "log_results": False,
         "poll_delay": 0.005,

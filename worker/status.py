@@ -4,7 +4,7 @@ Reads only. What just one process knows (is the socket up, is it ready) is added
 """
 
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from redis.asyncio import Redis
@@ -59,7 +59,7 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
         "reason": None,
         "ready": False,
         "reasons": [],
-        "version": version("tailrace"),
+        "version": _version(),
         "listener": active.name if active else None,
         "handlers": handlers,
         "realtime": {
@@ -74,6 +74,13 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
         "workers": workers,
         "backfills": backfills,
     }
+
+
+def _version() -> str:
+    try:
+        return version("tailrace")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"
 
 
 async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:

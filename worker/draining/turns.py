@@ -61,6 +61,7 @@ class Draining:
         self._enqueue = enqueue
         self._slots = asyncio.Semaphore(at_once)
         self._bells: dict[Lane, asyncio.Event] = {}
+        self._turns: set[asyncio.Task[None]] = set()
         self._generation: str | None = None
         """As the last sweep found it."""
         self._trouble = ""
@@ -75,8 +76,27 @@ class Draining:
 
     # The job
 
+    def begin(self, lane: Lane) -> None:
+        """Begin to drain a lane, in a task of this worker's own: what the arq job does.
+
+        A job ends at once and is arq's no longer: its time limit must not cut a transaction off, and the job
+        of a worker that was killed must not stand in the queue for long.
+        """
+        if lane in self._bells:
+            self._bells[lane].set()
+        elif not self.stopping.is_set():
+            task = asyncio.create_task(self.drain(lane), name=f"worker: drain {lane}")
+            self._turns.add(task)
+            task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._turns.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The sweep comes back to the lane; what is wrong with this program must be seen.
+            log.error("drain failed", task=task.get_name(), exc_info=error)
+
     async def drain(self, lane: Lane) -> None:
-        """Drain a lane until it is empty, its turn is over, or the worker stops. The body of the arq job."""
+        """Drain a lane until it is empty, its turn is over, or the worker stops."""
         drain = self._drains.get(lane.handler)
         if drain is None or self.stopping.is_set():
             return
@@ -172,6 +192,10 @@ class Draining:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
+        # What does not end by itself is rolled back, and some worker's again.
+        for task in list(self._turns):
+            task.cancel()
+        await asyncio.gather(*self._turns, return_exceptions=True)
 
     # Wake-ups
 
