@@ -169,9 +169,12 @@ class Process:
 
     async def ended(self, seconds: float = DEADLINE_SECONDS) -> int:
         """Wait for its end; returns the exit code."""
-        async with asyncio.timeout(seconds):
-            code = await self.process.wait()
-            await self._reader
+        try:
+            async with asyncio.timeout(seconds):
+                code = await self.process.wait()
+                await self._reader
+        except TimeoutError:
+            raise AssertionError(f"{self.name} does not end: {self.lines[-15:]}") from None
         return code
 
     async def terminate(self) -> int:
