@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import asyncpg
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -255,6 +256,11 @@ def payload(table: Table, wire: str) -> bytes:
     return f'{json.dumps(head)[:-1]}, "record": {{"id": 1, "value": {wire}}}}}'.encode()
 
 
+def uncut(raw: RawChange) -> RawChange:
+    """Take away what is Realtime's own in its values: characters cut off, NaN as null."""
+    return msgspec.structs.replace(raw, source="wal")
+
+
 def same(got: object, want: object) -> bool:
     if isinstance(want, list):
         return (
@@ -282,7 +288,7 @@ async def test_decodes_what_asyncpg_reads(bench: Bench, kind: Kind, data: st.Dat
     rows = await written(bench, kind, values)
     table = bench.tables[kind.sql]
     entries = [
-        (Position(1, place), RawChange.decode("wal", payload(table, row.wire)), 1)
+        (Position(1, place), uncut(RawChange.decode("realtime", payload(table, row.wire))), 1)
         for place, row in enumerate(rows)
     ]
     async with AsyncSession(bench.engine) as session, session.begin():

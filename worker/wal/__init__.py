@@ -12,6 +12,8 @@ from worker.wal.failures import (
     WalError,
 )
 from worker.wal.reader import Reader, Transport, WalBatch, choose_transport, open_reader
+from worker.wal.stream import StreamReader
+from worker.wal.windows import WindowReader
 
 __all__ = [
     "NotPermittedError",
@@ -20,9 +22,11 @@ __all__ = [
     "SlotBusyError",
     "SlotLostError",
     "SlotMissingError",
+    "StreamReader",
     "Transport",
     "WalBatch",
     "WalError",
+    "WindowReader",
     "choose_transport",
     "open_reader",
 ]
