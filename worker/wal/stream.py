@@ -18,6 +18,8 @@ from worker.wal.walsender import Keepalive, Walsender
 _FEEDBACK_SECONDS: Final = 1.0
 _SILENCE_SECONDS: Final = 10.0
 """Every feedback asks for an answer; so many seconds without one are a dead connection."""
+_INSISTENT: Final = 20
+"""A running server asks for an answer when it has heard nothing for seconds, not so often at one position."""
 BATCH_CHANGES: Final = 1000
 BATCH_BYTES: Final = 4 << 20
 
@@ -30,6 +32,7 @@ class StreamReader:
         self._names = names
         self._log = Assembler(names.known)
         self._flushed = 0
+        self._asked = self._asked_at = 0
         self._feedback = asyncio.create_task(self._report(), name="feedback to the walsender")
 
     @classmethod
@@ -93,11 +96,24 @@ class StreamReader:
             if isinstance(message, Keepalive):
                 reading.pass_to(message.wal_end)
                 if message.wants_reply:
-                    self._tell(ask=False)
+                    self._answer(message.wal_end)
                 continue
             unknown = reading.feed(message.payload)
             if unknown:
                 await self._names.learn(unknown, reading.said)
+
+    def _answer(self, wal_end: int) -> None:
+        """Answer a keepalive that asks for it.
+
+        Raises:
+            ReadingLostError: Postgres is stopping. It would not before all is confirmed, and asks again and
+                again; but what would have to apply it has lost its connections already.
+        """
+        self._asked = self._asked + 1 if wal_end == self._asked_at else 1
+        self._asked_at = wal_end
+        if self._asked > _INSISTENT:
+            raise ReadingLostError("the log's stream ended: Postgres is stopping")
+        self._tell(ask=False)
 
     async def _report(self) -> None:
         while True:
@@ -107,6 +123,7 @@ class StreamReader:
                     ReadingLostError(f"nothing was heard of the server for {_SILENCE_SECONDS:.0f} s")
                 )
                 return
+            self._asked = 0
             self._tell(ask=True)
 
     def _tell(self, *, ask: bool) -> None:

@@ -166,8 +166,8 @@ class Walsender(asyncio.Protocol):
 
     async def close(self) -> None:
         """Close the connection; the server lets go of the slot as soon as it notices."""
-        if not self._gone.done():
-            self._connection.terminate()
+        # Also when the transport is gone: asyncpg does not know that, and would complain of a leak.
+        self._connection.terminate()
         await asyncio.shield(self._gone)
 
     def give_up(self, reason: WalError) -> None:

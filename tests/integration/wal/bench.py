@@ -131,13 +131,15 @@ async def database(servers: Servers, tables: str = "") -> AsyncIterator[Log]:
     url = postgres.dsn(name)
     db: Any = await asyncpg.connect(url)
     engine = make_engine(url, name="test")
+    made = Log(url, db, engine, slot, TypeNames(engine))
     try:
         await db.execute(f"create publication {PUBLICATION} with (publish_via_partition_root = false)")
-        await db.execute(tables)
+        await db.execute(tables or "select")
         async with engine.connect() as connection:
             await create_slot(connection, slot)
-        yield Log(url, db, engine, slot, TypeNames(engine))
+        yield made
     finally:
+        db = made.db  # a test that stops the server has another
         await engine.dispose()
         await db.execute(
             "select pg_terminate_backend(active_pid, 5000) from pg_replication_slots where slot_name = $1",
