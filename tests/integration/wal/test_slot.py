@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator
 import asyncpg
 import msgspec
 import pytest
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.integration.wal.bench import ORDERS, PUBLICATION, Log, database
+from tests.integration.wal.pooler import pooled
 from tests.stack import Servers, servers
 from worker.database import make_engine
 from worker.wal import NotPermittedError, SlotLostError, WalError, choose_transport
@@ -308,20 +311,35 @@ async def test_a_server_that_stops_in_order_is_not_held_up(own: Servers) -> None
         log.db = await asyncpg.connect(log.url)
 
 
-async def test_windows_work_through_a_pooler_in_transaction_mode(log: Log) -> None:
+async def test_windows_work_through_a_pooler_in_transaction_mode(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if shutil.which("pgbouncer") is None:
         pytest.skip("pgbouncer is not installed")
-    from tests.integration.wal.pooler import pooled  # noqa: PLC0415 - only where there is one
+
+    async def write(engine: AsyncEngine, writer: int) -> None:
+        # Other sessions at the same time, so that the pooler deals out its connections anew all the time.
+        for number in range(100):
+            async with engine.begin() as connection:
+                await connection.execute(
+                    text("insert into orders (id) values (:id)"), {"id": writer * 1000 + number}
+                )
 
     async with pooled(log.url) as url:
+        monkeypatch.setattr("worker.database.TRANSACTION_POOLER_PORT", make_url(url).port)
         assert (await choose_transport(url)).kind == "windows"
-        engine, log.engine = log.engine, make_engine(url, name="test", size=5)
+        engine, log.engine = log.engine, make_engine(url, name="test", size=8)
         try:
-            async with log.reading("windows") as reading:
-                await log.db.execute("insert into orders select generate_series(1, 5000)")
-                await reading.count(5000)
-                await reading.reader.advance(reading.read_to)
-            await log.until_confirmed(reading.read_to)
+            async with log.reading("windows") as reading, asyncio.TaskGroup() as group:
+                for writer in range(4):
+                    group.create_task(write(log.engine, writer))
+                while len(reading.changes) < 400:
+                    batch = await reading.more()
+                    await reading.reader.advance(batch.read_to)
+                await log.db.execute("insert into orders select generate_series(10001, 15000)")
+                await reading.count(5400)
         finally:
             await log.engine.dispose()
             log.engine = engine
+    keys = [(row.record or {})["id"] for row in reading.rows]
+    assert len(set(keys)) == 5400
