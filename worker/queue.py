@@ -83,25 +83,44 @@ def decode_job(value: bytes) -> dict[str, Any]:
 class _PatientPipeline(Pipeline):
     """A transaction that outlives a lost connection.
 
-    What it has read and watched is read and watched again; a lost EXEC counts as a lost race, because nobody
-    knows what became of it. Both of arq's transactions take that in their stride.
+    What it watches is watched again. Where something had been read by then, and where EXEC itself was lost,
+    it counts as a lost race, because nobody knows what happened meanwhile. Both of arq's transactions take
+    that in their stride.
     """
 
     patience: "PatientRedis"
+    _watched: tuple[Any, ...] = ()
+    _has_read = False
+    _is_stale = False
+    """Something was read before the connection was lost, and may have changed unseen since."""
 
     async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
         while True:
             try:
-                return await super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call] # redis-py's own
+                # After a reset redis-py only queues commands, and answers with the pipeline itself, until
+                # something is watched again.
+                if self._watched and not self.watching:
+                    await super().immediate_execute_command("WATCH", *self._watched)  # type: ignore[no-untyped-call] # redis-py's own
+                answer = await super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call] # as above
             except (RedisError, OSError) as error:
                 if not isinstance(error, WatchError) and not refuses_for_now(error):
                     raise
                 await self.patience.hold_on(error)
                 await self.reset()  # type: ignore[no-untyped-call] # as above
+                self._is_stale = self._has_read
+            else:
+                if args[0] == "WATCH":
+                    self._watched = (*self._watched, *args[1:])
+                else:
+                    self._has_read = True
+                return answer
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT001, FBT002 - as redis-py has it
         watching = self.watching
         commands = list(self.command_stack)
+        if self._is_stale:
+            await self.reset()  # type: ignore[no-untyped-call] # as above
+            raise WatchError("the connection was lost after something was read")
         while True:
             try:
                 return await super().execute(raise_on_error)

@@ -172,10 +172,6 @@ async def started(shop: Project) -> tuple[Process, Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=False,
-    reason="the worker ends when Redis dies between two reads of one of arq's transactions",
-)
 async def test_redis_flushed_killed_and_away_for_long(breakable: Project) -> None:
     shop, redis = breakable, breakable.servers.redis
     listener, worker = await started(shop)
