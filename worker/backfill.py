@@ -62,12 +62,18 @@ class Backfills:
     """Carries out the backfills that gaps have asked for, one after the other."""
 
     def __init__(
-        self, engine: AsyncEngine, handlers: Sequence[Handler], catalogue: Catalogue, put: Put
+        self,
+        engine: AsyncEngine,
+        handlers: Sequence[Handler],
+        catalogue: Catalogue,
+        put: Put,
+        until_passed: Callable[[Handler], Awaitable[None]],
     ) -> None:
         self._engine = engine
         self._handlers = {handler.name: handler for handler in handlers}
         self._catalogue = catalogue
         self._put = put
+        self._until_passed = until_passed
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
@@ -84,6 +90,8 @@ class Backfills:
         handler = self._handlers.get(asked.handler)
         if handler is not None:
             await self._run(handler, asked)
+            # Not before: what Redis loses until then must be given again.
+            await self._until_passed(handler)
         async with self._engine.begin() as connection:
             await connection.execute(_DONE, {"id": asked.id})
             await connection.execute(_CLOSE)

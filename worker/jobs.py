@@ -34,6 +34,7 @@ MOST_JOBS = 1_000
 JOB_SECONDS = 10
 """A job takes a moment; that of a killed worker stands in the queue for so long and ten seconds more."""
 LAST_RESORT_SECONDS = 3.0
+CANCEL_AGAIN_SECONDS = 4.0
 
 
 class WorkerProcess:
@@ -97,7 +98,7 @@ class WorkerProcess:
                 await self._workshop.draining.stop(self._settings.drain_seconds)
         finally:
             if self._main is not None:
-                self._main.cancel()
+                cancel_until_done(self._main)
 
     def _give_up_waiting(self) -> None:
         """End the process although something does not: what is in flight is rolled back, nothing is lost."""
@@ -122,6 +123,16 @@ class WorkerProcess:
 
     async def _enqueue(self, lane: Lane) -> None:
         await announce(self._pool, self._settings.queue, lane)
+
+
+def cancel_until_done(task: "asyncio.Future[Any]") -> None:
+    """Cancel a task, and again every few seconds until it ends.
+
+    Python 3.11 may lose a cancellation that meets the end of a timeout (python/cpython#86296).
+    """
+    if not task.done():
+        task.cancel()
+        asyncio.get_running_loop().call_later(CANCEL_AGAIN_SECONDS, cancel_until_done, task)
 
 
 def settle_memory() -> None:

@@ -420,11 +420,14 @@ class LaneWriter:
             size += max(0, top.size - done.size)
         return Backlog(entries, size)
 
-    async def retire(self, generation: str) -> None:
-        """Let the lanes of an old generation go by themselves."""
+    async def retire(self, generation: str, *, keep: bool = True) -> None:
+        """Let the lanes of an old generation go: in a day, or at once where their source has it all."""
         base = self._lanes.base(generation)
         async for key in self._lanes.redis.scan_iter(f"{base}:*", count=1000):
-            await self._lanes.redis.expire(key, LEFT_OVER_SECONDS)
+            if keep:
+                await self._lanes.redis.expire(key, LEFT_OVER_SECONDS)
+            else:
+                await self._lanes.redis.unlink(key)
 
 
 def by_handler(lanes: Mapping[Lane, Backlog]) -> dict[str, Backlog]:

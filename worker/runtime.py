@@ -25,7 +25,7 @@ from worker import delivery, loader
 from worker.database import explain, is_away, make_engine, wait_until_up
 from worker.draining.workshop import load_handlers
 from worker.errors import ConfigurationError
-from worker.jobs import announce, settle_memory
+from worker.jobs import announce, cancel_until_done, settle_memory
 from worker.lanes import Lane
 from worker.listener import Listener
 from worker.queue import PatientRedis, connection_pool
@@ -133,7 +133,7 @@ async def _until_signal(work: Coroutine[None, None, None], seconds: float) -> in
             stopping = True
             log.info("stopping", signal=number.name)
             loop.call_later(seconds + FORCE_SECONDS, os._exit, 0)
-            task.cancel()
+            cancel_until_done(task)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)

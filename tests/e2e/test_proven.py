@@ -148,7 +148,8 @@ async def test_deliveries_can_be_changed_and_leave_gaps_behind_but_no_slot(shop:
     await shop.until("select count(*) from derived_log", 1)
     assert await shop.processes[0].terminate() == 0
     plain = await shop.listener(WORKER_DELIVERY="plain")
-    assert await shop.db.fetchval("select count(*) from pg_replication_slots where slot_name = 'tailrace'") == 0
+    slots = "select count(*) from pg_replication_slots where slot_name = 'tailrace'"
+    assert await shop.db.fetchval(slots) == 0
     await shop.db.execute("insert into orders (id, customer_id, amount) values (2, 1, 10)")
     await shop.until("select count(*) from derived_log", 2)
     assert await plain.terminate() == 0

@@ -319,6 +319,19 @@ class Journal:
             else:
                 return
 
+    async def until_passed(self, handler: Handler) -> None:
+        """Wait until all that is written for a handler by now is applied, or held.
+
+        Or until the lanes have been lost: then whatever was in them is in a gap.
+        """
+        generation = self.generation
+        goal = {lane: top.entries for lane, top in self._writer.tops.items() if lane.handler == handler.name}
+        while generation == self.generation:
+            passed = await self._lanes.passed(generation)
+            if all(passed.get(lane, Backlog(0, 0)).entries >= count for lane, count in goal.items()):
+                return
+            await asyncio.sleep(AWAY_SECONDS)
+
     async def backlog(self) -> Backlog:
         """Count what is written and not yet applied."""
         return await self._writer.backlog()

@@ -45,7 +45,13 @@ _ORPHANED = text("select orphaned_at from tailrace.handlers where name = :name a
 
 
 async def agree(
-    connection: AsyncConnection, handlers: Sequence[Handler], wanted: int, present: Position, *, settled: bool
+    connection: AsyncConnection,
+    handlers: Sequence[Handler],
+    wanted: int,
+    present: Position,
+    *,
+    resumed: Position,
+    settled: bool,
 ) -> int:
     """Bring the tables into line with the handlers that are loaded, in the caller's transaction.
 
@@ -54,6 +60,7 @@ async def agree(
         handlers: all that are loaded.
         wanted: lanes per handler, as the settings have it.
         present: where new handlers start.
+        resumed: where new lanes of known handlers start.
         settled: whether nothing is under way in Redis.
 
     Returns:
@@ -63,14 +70,17 @@ async def agree(
     orphans = [row[0] for row in await connection.execute(_ORPHAN, {"names": [one.name for one in handlers]})]
     for name in orphans:
         log.warning("handler is orphaned: it is no longer loaded", handler=name)
+    known = {row[0] for row in await connection.execute(text("select name from tailrace.handlers"))}
     for handler in handlers:
         since = (await connection.execute(_ORPHANED, {"name": handler.name})).scalar_one_or_none()
         tables = sorted({(one.schema, one.table) for one in handler.subscriptions})
         names = [f"{schema}.{table}" for schema, table in tables]
         await connection.execute(_UPSERT, {"name": handler.name, "kind": handler.kind, "tables": names})
-        where = {"name": handler.name, "lsn": present.lsn, "ordinal": present.ordinal}
+        start = present if handler.name not in known else resumed
+        where = {"name": handler.name, "lsn": start.lsn, "ordinal": start.ordinal}
         await connection.execute(_ROWS, where | {"lanes": lanes})
         if since is not None:
+            where = {"name": handler.name, "lsn": present.lsn, "ordinal": present.ordinal}
             await connection.execute(_FORWARD, where)
             cause = f"handler {handler.name} was not loaded"
             await gaps.record(connection, cause=cause, tables=tables, since=since)

@@ -75,7 +75,12 @@ class PlainReading:
             await ground.in_redis(writer.begin)
         async with ground.engine.begin() as connection:
             self.lanes = await layout.agree(
-                connection, ground.handlers, ground.settings.lanes, present, settled=settled
+                connection,
+                ground.handlers,
+                ground.settings.lanes,
+                present,
+                resumed=present,
+                settled=settled,
             )
             floor = present if fresh else source.floor
             await lease.set_generation(connection, self._token, writer.generation, floor)
@@ -94,7 +99,13 @@ class PlainReading:
             enqueue=ground.enqueue,
         )
         self._intake = Intake(ground, self.journal, self.lanes)
-        self._backfills = Backfills(ground.engine, ground.handlers, ground.catalogue, self._intake.put_keys)
+        self._backfills = Backfills(
+            ground.engine,
+            ground.handlers,
+            ground.catalogue,
+            self._intake.put_keys,
+            self.journal.until_passed,
+        )
 
     async def _leave_the_log(self) -> None:
         """Give up proven delivery: its slot would keep the log for ever, and its positions are others."""

@@ -162,7 +162,13 @@ class ProvenReading:
             settled = greatest <= floor
             present = Position(max(start, server.flushed), -1)
             self.lanes = await layout.agree(
-                connection, ground.handlers, ground.settings.lanes, present, settled=settled
+                connection,
+                ground.handlers,
+                ground.settings.lanes,
+                present,
+                # New lanes of a handler that is known go on where the slot stands, with all the others.
+                resumed=floor,
+                settled=settled,
             )
             await lease.set_generation(connection, self._token, writer.generation, floor)
             await record.begin(connection, self._token, start, server, self._published)
@@ -171,7 +177,7 @@ class ProvenReading:
                 text("update tailrace.backfills set cursor = null, phase = 'rows' where state = 'running'")
             )
         if remembered.generation is not None:
-            await ground.in_redis(lambda: writer.retire(str(remembered.generation)))
+            await ground.in_redis(lambda: writer.retire(str(remembered.generation), keep=False))
         self._writer = writer
         self.journal = Journal(
             engine=ground.engine,
@@ -184,7 +190,13 @@ class ProvenReading:
             enqueue=ground.enqueue,
         )
         self._intake = Intake(ground, self.journal, self.lanes)
-        self._backfills = Backfills(ground.engine, ground.handlers, ground.catalogue, self._intake.put_keys)
+        self._backfills = Backfills(
+            ground.engine,
+            ground.handlers,
+            ground.catalogue,
+            self._intake.put_keys,
+            self.journal.until_passed,
+        )
 
     async def _gaps_of_start(
         self,

@@ -84,7 +84,9 @@ class Bench:
         self.writer = LaneWriter(self.lanes, lease.new_name(), self.token, present)
         await self.writer.begin()
         async with self.engine.begin() as connection:
-            await layout.agree(connection, self.handlers, self.lane_count, present, settled=True)
+            await layout.agree(
+                connection, self.handlers, self.lane_count, present, resumed=present, settled=True
+            )
             await lease.set_generation(connection, self.token, self.writer.generation, present)
         self.journal = Journal(
             engine=self.engine,
