@@ -135,7 +135,7 @@ class ChangeFeed:
         return connection
 
     async def _create_slot(self, slot: asyncpg.Connection) -> str:
-        name = f"standin_{secrets.token_hex(6)}"
+        name = f"supabase_realtime_replication_slot_{secrets.token_hex(6)}"  # as the real one's
         await slot.execute("select pg_create_logical_replication_slot($1, 'pgoutput', true)", name)
         return name
 

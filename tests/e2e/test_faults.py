@@ -211,7 +211,7 @@ async def test_postgres_restarts_under_load(breakable: Project) -> None:
     await writer.past(100)
     await shop.servers.postgres.restart(immediate=True)
     shop.db = await asyncpg.connect(shop.database_url)
-    await gap(shop, "the database was away")
+    await gap(shop, "temporary slot")
     await writer.past(100)
     writer.stop()
     await task

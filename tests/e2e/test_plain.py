@@ -175,3 +175,19 @@ async def test_arq_check_tells_the_truth(shop: Project) -> None:
     assert await check() == 0
     await worker.terminate()
     assert await check() == 1
+
+
+async def test_a_new_backend_at_realtimes_slot_is_a_gap(shop: Project) -> None:
+    await shop.listener()
+    await shop.until("select token <> 'none' from tailrace.canary", value=True)
+    pid = (
+        "select active_pid from pg_replication_slots"
+        " where slot_name like 'supabase_realtime%' and database = current_database()"
+    )
+    before = await shop.db.fetchval(pid)
+    canary = await shop.db.fetchval("select token from tailrace.canary")
+    await shop.until(f"select token <> '{canary}' from tailrace.canary", value=True)
+    await shop.db.execute("select pg_terminate_backend($1)", before)
+    await shop.until(
+        "select count(*) >= 1 from tailrace.gaps where cause like '%temporary slot%'", value=True
+    )

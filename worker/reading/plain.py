@@ -11,6 +11,7 @@ from contextlib import aclosing
 from datetime import datetime
 
 import structlog
+from sqlalchemy import text
 
 from worker import gaps, lease, positions
 from worker.backfill import Backfills
@@ -26,6 +27,12 @@ from worker.wal.slot import drop_slot, terminate_holder
 
 log = structlog.get_logger(__name__)
 
+REALTIME_SLOTS = "supabase\\_realtime\\_replication\\_slot%"
+_SERVER = text(
+    "select pg_postmaster_start_time(), coalesce((select string_agg(slot_name || ' ' || active_pid, ',')"
+    " from pg_replication_slots where temporary and database = current_database()"
+    " and slot_name like :slots), '')"
+)
 FLUSH = 500
 """Changes in one script call: more would hold up Redis for everybody."""
 
@@ -41,7 +48,7 @@ class PlainReading:
             settings.realtime_url,
             settings.service_role_key.get_secret_value(),
             ground.tables,
-            ground.write_canary,
+            self._write_canary,
             canary_seconds=settings.canary_seconds,
             publication=settings.publication,
         )
@@ -51,6 +58,8 @@ class PlainReading:
         self._backfills: Backfills
         self._owed_since: datetime | None = None
         self._sure: datetime | None = None
+        self._server: tuple[str, str] | None = None
+        """When Postgres started, and who reads from Realtime's slot; as the last canary found it."""
         self._holding = False
         """True while a batch has left the source and is not yet in the lanes."""
 
@@ -106,6 +115,27 @@ class PlainReading:
             self._intake.put_keys,
             self.journal.until_passed,
         )
+
+    async def _write_canary(self) -> str:
+        """Write a canary, and see whether Realtime can still have every change.
+
+        Its slot is temporary: it goes with its backend and with the server, and a restart between two
+        canaries leaves no other trace.
+        """
+        token = await self._ground.write_canary()
+        async with self._ground.engine.connect() as connection:
+            row = (await connection.execute(_SERVER, {"slots": REALTIME_SLOTS})).one()
+        started, slots = str(row[0]), str(row[1])
+        before, self._server = self._server, (started, slots)
+        if before is None:
+            return token
+        restarted = before[0] != started
+        # No slot before, and one now: Realtime makes it for its first subscriber.
+        if not restarted and before[1] in ("", slots):
+            return token
+        what = "Postgres was restarted" if restarted else "Realtime reads by another backend"
+        self._source.doubt(f"{what}: its temporary slot is gone, and what it had not sent")
+        return token
 
     async def _leave_the_log(self) -> None:
         """Give up proven delivery: its slot would keep the log for ever, and its positions are others."""
