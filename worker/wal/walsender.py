@@ -8,6 +8,7 @@ It knows messages and positions of the stream, not what is in them.
 """
 
 import asyncio
+import contextlib
 import struct
 import time
 from collections import deque
@@ -166,8 +167,10 @@ class Walsender(asyncio.Protocol):
 
     async def close(self) -> None:
         """Close the connection; the server lets go of the slot as soon as it notices."""
-        # Also when the transport is gone: asyncpg does not know that, and would complain of a leak.
-        self._connection.terminate()
+        # Also when the transport is gone: asyncpg does not know that, and would complain of a leak. Its word of
+        # farewell is an error then where the loop is uvloop's: there is nobody left to say it to.
+        with contextlib.suppress(RuntimeError):
+            self._connection.terminate()
         await asyncio.shield(self._gone)
 
     def give_up(self, reason: WalError) -> None:
