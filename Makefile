@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	if $$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 ARGS   ?=
 
-.PHONY: help setup run test bench check format lint types contracts lock clean
+.PHONY: help setup run test bench chaos check format lint types contracts lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(STAMP) ## the tests (ARGS="-k lanes" chooses)
 
 bench: $(STAMP) ## the benchmarks (ARGS="latency --json FILE" or ARGS=drain)
 	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(STAMP) ## proven delivery while everything dies at random (ARGS="--seed 7 --seconds 120")
+	@exec $(BIN)/python -m tests.chaos $(ARGS)
 
 check: $(STAMP) ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .

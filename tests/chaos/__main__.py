@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="how long (%(default)s)")
     parser.add_argument("--rate", type=float, default=400.0, help="changes a second, at most (%(default)s)")
     parser.add_argument("--every", type=float, default=4.0, help="seconds between faults (%(default)s)")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the logs of the processes there")
     options = parser.parse_args()
     outcome = None
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
@@ -46,6 +47,7 @@ def main() -> int:
                     rate=options.rate,
                     every=options.every,
                     tell=_tell,
+                    logs=options.logs,
                 )
             )
         except* AssertionError as failed:

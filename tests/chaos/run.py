@@ -44,6 +44,7 @@ async def chaos(
     every: float = 4.0,
     settling: float = 300.0,
     tell: Callable[[str], None] = lambda _: None,
+    logs: Path | None = None,
 ) -> Outcome:
     """Run it on servers of its own.
 
@@ -55,6 +56,7 @@ async def chaos(
         every: seconds between faults, about.
         settling: seconds that may pass afterwards until everything is applied.
         tell: is given lines for people.
+        logs: where to write down what the processes said, a file for each.
 
     Raises:
         AssertionError: something was lost, doubled, out of order or not accounted for.
@@ -82,6 +84,7 @@ async def chaos(
                 outcome.settled_after = time.monotonic() - ended
                 await accounted(made, writers)
         finally:
+            _write_logs(made, logs)
             await _drop_slot(made)
     return outcome
 
@@ -166,6 +169,14 @@ def _first_difference(seen: list[Note], notes: list[Note]) -> str:
     )
     there = f"at {at} of {len(notes)} committed and {len(seen)} seen"
     return f"{there}: {seen[at : at + 4]}, not {notes[at : at + 4]}"
+
+
+def _write_logs(made: Project, folder: Path | None) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, process in enumerate(made.processes):
+        (folder / f"{number:03}-{process.name}.log").write_text(f"{process.text}\n")
 
 
 async def _drop_slot(made: Project) -> None:
