@@ -167,8 +167,8 @@ class Walsender(asyncio.Protocol):
 
     async def close(self) -> None:
         """Close the connection; the server lets go of the slot as soon as it notices."""
-        # Also when the transport is gone: asyncpg does not know that, and would complain of a leak. Its word of
-        # farewell is an error then where the loop is uvloop's: there is nobody left to say it to.
+        # Also when the transport is gone: asyncpg does not know that, and would complain of a leak. On uvloop
+        # its word of farewell is an error then: there is nobody left to say it to.
         with contextlib.suppress(RuntimeError):
             self._connection.terminate()
         await asyncio.shield(self._gone)
