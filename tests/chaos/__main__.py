@@ -46,6 +46,7 @@ def main() -> int:
                     seconds=options.seconds,
                     rate=options.rate,
                     every=options.every,
+                    settling=max(300.0, 5 * options.seconds),  # what a small machine needs to catch up
                     tell=_tell,
                     logs=options.logs,
                 )
