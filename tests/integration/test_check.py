@@ -114,6 +114,7 @@ async def test_all_is_well(healthy: Patients) -> None:
     assert {finding["name"] for finding in findings} == {
         "settings",
         "handlers",
+        "delivery",
         "database",
         "migrations",
         "tables",
@@ -260,3 +261,59 @@ async def test_status_without_a_listener_comes_from_the_database(healthy: Patien
     assert told["ready"] is False
     assert told["reasons"][0].startswith("no listener answers on 127.0.0.1:1")
     assert told["handlers"] == {}
+
+
+async def test_proven_delivery_and_the_way_to_the_log(healthy: Patients) -> None:
+    _, findings = await healthy.check(WORKER_DELIVERY="proven")
+    (found,) = [finding for finding in findings if finding["name"] == "delivery"]
+    assert found["state"] == "ok"
+    assert "proven" in found["detail"]
+    assert "streamed: DATABASE_URL allows a replication connection" in found["detail"]
+
+
+async def test_proven_delivery_with_a_user_that_may_not_replicate(healthy: Patients) -> None:
+    await healthy.sql(
+        "create role app login password 'hunter2'",
+        "grant all on schema tailrace to app",
+        "grant all on all tables in schema tailrace to app",
+        "grant select on public.orders to app",
+    )
+    wanted = {
+        "DATABASE_URL": healthy.postgres.dsn(user="app", password="hunter2"),
+        "WORKER_DELIVERY": "proven",
+    }
+    try:
+        found = await healthy.problems(**wanted)
+        code, _, errors = await healthy.tailrace("listen", **wanted, PORT="0")
+        plain = await healthy.check(**wanted | {"WORKER_DELIVERY": "auto"})
+    finally:
+        await healthy.sql("drop owned by app", "drop role app")
+    (problem,) = [finding for finding in found if finding["name"] == "delivery"]
+    assert problem["detail"] == 'WORKER_DELIVERY=proven: the user "app" may not replicate'
+    assert 'alter role "app" replication' in problem["remedy"]
+    assert code == 2
+    assert 'alter role "app" replication' in errors
+    assert "hunter2" not in errors + json.dumps(found)
+    assert plain[0] == 0, plain[1]
+
+
+async def test_a_slot_that_is_not_ours(healthy: Patients) -> None:
+    await healthy.sql("select pg_create_logical_replication_slot('foreign_one', 'test_decoding')")
+    try:
+        found = await healthy.problems(WORKER_DELIVERY="proven", WORKER_SLOT="foreign_one")
+    finally:
+        await healthy.sql("select pg_drop_replication_slot('foreign_one')")
+    (problem,) = [finding for finding in found if finding["name"] == "delivery"]
+    assert "uses the plugin test_decoding, not pgoutput" in problem["detail"]
+    assert "WORKER_SLOT" in problem["detail"]
+
+
+async def test_what_a_slot_keeps(healthy: Patients) -> None:
+    await healthy.sql("select pg_create_logical_replication_slot('kept', 'pgoutput')")
+    try:
+        code, findings = await healthy.check(WORKER_DELIVERY="proven", WORKER_SLOT="kept")
+    finally:
+        await healthy.sql("select pg_drop_replication_slot('kept')")
+    assert code == 0, findings
+    (slot,) = [finding for finding in findings if finding["name"] == "slot"]
+    assert slot["detail"].startswith('"kept" keeps ')

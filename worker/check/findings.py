@@ -9,7 +9,8 @@ class Finding(NamedTuple):
     """One thing examined."""
 
     name: str
-    """The part: settings, handlers, database, migrations, publication, tables, grants, redis, realtime."""
+    """The part: settings, handlers, delivery, slot, database, migrations, publication, tables,
+    grants, redis, realtime."""
     state: State
     detail: str
     """What was found, in one line without secrets."""

@@ -13,6 +13,7 @@ from config.settings import Settings
 from worker.catalogue import Catalogue, Table, quote, read_catalogue
 from worker.check.findings import Finding
 from worker.database import explain, make_engine
+from worker.delivery import choose
 from worker.loader import Delivery, validate
 from worker.registry import Handler
 
@@ -88,7 +89,7 @@ async def _examine_migrations(connection: AsyncConnection) -> Finding:
 
 def _examine_tables(settings: Settings, handlers: Sequence[Handler], catalogue: Catalogue) -> list[Finding]:
     """Judge the handlers against the tables, as the listener does at its start."""
-    delivery: Delivery = "plain"
+    delivery: Delivery = choose(settings.delivery).delivery
     problems = validate(handlers, catalogue, delivery, publication=settings.publication)
     findings = [_finding(problem) for problem in problems]
     subscribed = [table for name, table in catalogue.tables.items() if name != _CANARY]

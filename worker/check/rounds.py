@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 
 from config.settings import Settings
+from worker.check.delivery import examine_delivery
 from worker.check.findings import Finding
 from worker.check.postgres import examine_database
 from worker.check.realtime import examine_realtime
 from worker.check.redis import examine_redis
-from worker.delivery import choose
 from worker.errors import ConfigurationError
 from worker.loader import load
 from worker.registry import Handler
@@ -29,11 +29,11 @@ async def run_checks(settings: Settings) -> list[Finding]:
     findings, handlers = _load(settings)
     tables = sorted({(one.schema, one.table) for handler in handlers for one in handler.subscriptions})
     answers = await asyncio.gather(
+        _within("delivery", examine_delivery(settings)),
         _within("database", examine_database(settings, handlers)),
         _within("redis", examine_redis(settings)),
         _within("realtime", examine_realtime(settings, tables)),
     )
-    findings.append(_delivery(settings))
     return findings + [found for answer in answers for found in answer]
 
 
@@ -44,14 +44,6 @@ def _load(settings: Settings) -> tuple[list[Finding], tuple[Handler, ...]]:
         return [Finding("handlers", "problem", problem) for problem in error.problems], ()
     names = ", ".join(handler.name for handler in handlers)
     return [Finding("handlers", "ok", names)], handlers
-
-
-def _delivery(settings: Settings) -> Finding:
-    try:
-        choice = choose(settings.delivery)
-    except ConfigurationError as error:
-        return Finding("delivery", "problem", error.problems[0])
-    return Finding("delivery", "ok", f"{choice.delivery} ({choice.reason})")
 
 
 async def _within(name: str, examination: Awaitable[list[Finding]]) -> list[Finding]:
