@@ -104,8 +104,10 @@ class Listener:
 
     async def _before_again(self, group: ExceptionGroup[RereadError]) -> None:
         error = _first(group)
+        if str(error) != self._reread_reason:  # what waits is said once
+            log.warning("reading again from the slot", reason=str(error))
         self._reread_reason = str(error)
-        log.warning("reading again from the slot", reason=str(error))
+        self._alive()
         await asyncio.sleep(error.seconds if isinstance(error, RereadError) else 0)
 
     async def _wait_for_lease(self, token: str) -> None:
@@ -136,6 +138,7 @@ class Listener:
         await reading.begin()
         try:
             self._reading = reading
+            self._reread_reason = None
             log.info(
                 "listening",
                 delivery=self._choice.delivery,

@@ -16,10 +16,10 @@ from worker import gaps, lease
 from worker.backfill import Backfills
 from worker.catalogue import Catalogue
 from worker.database import explain, is_away
-from worker.lanes import Lane, Lanes
+from worker.lanes import Lane, Lanes, LeaseLostError
 from worker.reading.journal import Journal
 from worker.registry import Handler
-from worker.source import Gap, SourceHealth
+from worker.source import Gap, RereadError, SourceHealth
 
 log = structlog.get_logger(__name__)
 
@@ -149,11 +149,18 @@ class Reading(Protocol):
 
 
 async def backfill(backfills: Backfills) -> None:
-    """Carry out backfills for ever."""
+    """Carry out backfills for ever.
+
+    Raises:
+        LeaseLostError: another listener has taken over.
+        RereadError: the source must be read again.
+    """
     while True:
         try:
             while await backfills.once():
                 pass
+        except (LeaseLostError, RereadError):
+            raise
         except (RedisError, OSError) as error:
             log.warning("backfill waits for Redis", error_class=type(error).__name__)
         except Exception as error:

@@ -100,6 +100,8 @@ class ProvenReading:
         ground, settings = self._ground, self._ground.settings
         url = settings.database_url.get_secret_value()
         direct = settings.database_direct_url
+        # Whoever has the lease now reads from the slot: without it we must not end that session.
+        await lease.renew(ground.engine, self._token, None)
         self._transport = await choose_transport(url, direct.get_secret_value() if direct else None)
         async with ground.engine.connect() as connection:
             await terminate_holder(connection, settings.slot)
@@ -110,6 +112,8 @@ class ProvenReading:
             self._published = await read_fingerprint(connection, settings.publication)
         self._server = server
         await self._begin_generation(start, server, judgement, remembered)
+        # A commit to begin with: a backfill needs one to stand behind. Before there is a reader to be closed.
+        await ground.write_canary()
         self._reader = await open_reader(
             self._transport,
             url=direct.get_secret_value() if direct else url,
@@ -118,8 +122,6 @@ class ProvenReading:
             publication=settings.publication,
             names=TypeNames(ground.engine),
         )
-        # A commit to begin with: a backfill needs one to stand behind.
-        await ground.write_canary()
         self._read_to = start
         self._advanced = (start, time.monotonic())
 
@@ -156,7 +158,7 @@ class ProvenReading:
         async with ground.engine.begin() as connection:
             since = await lease.live_since(connection)
             if missed:
-                await record.restart_at(connection, start, new_history=judgement.finding == "history")
+                await record.restart_at(connection, start, new_history=_restored(remembered, server))
             greatest = await positions.greatest(connection)
             # All commits below the slot are passed by every lane; none is beyond it: nothing is under way.
             settled = greatest <= floor
@@ -171,7 +173,8 @@ class ProvenReading:
                 settled=settled,
             )
             await lease.set_generation(connection, self._token, writer.generation, floor)
-            await record.begin(connection, self._token, start, server, self._published)
+            target = _target(start, remembered) if judgement.finding == "fine" else start
+            await record.begin(connection, self._token, target, server, self._published)
             await self._gaps_of_start(connection, cause if missed else None, remembered, since)
             await connection.execute(
                 text("update tailrace.backfills set cursor = null, phase = 'rows' where state = 'running'")
@@ -274,20 +277,27 @@ class ProvenReading:
     async def tick(self) -> None:
         """See that slot, server and publication are what they were; move the slot."""
         ground, settings = self._ground, self._ground.settings
+        # Before what is owed is paid: the slot must pass no change whose gap is not recorded yet.
+        read_to = self._read_to
         await self._intake.pay()
         async with ground.engine.connect() as connection:
             server = await read_server(connection)
             self._slot = await read_slot(connection, settings.slot)
             published = await read_fingerprint(connection, settings.publication)
-            reread = await connection.scalar(text("select reread from tailrace.source"))
+            reread, recorded = (
+                await connection.execute(text("select reread, slot_target from tailrace.source"))
+            ).one()
         if (server.started_at, server.timeline) != (self._server.started_at, self._server.timeline):
             raise RereadError("Postgres was restarted")
         if reread is not None:
             raise RereadError(str(reread))
         if self._slot is None or self._slot.wal_status == "lost":
             raise RereadError("the replication slot is gone")
+        if recorded is not None and self._slot.confirmed > recorded:
+            # Nobody can while we stream. Our own next target would hide it from the next start.
+            raise RereadError("the replication slot was moved by somebody else")
         await self._compare(published)
-        await self._advance()
+        await self._advance(read_to)
         if self.journal is not None:
             await self.journal.check()
 
@@ -305,23 +315,23 @@ class ProvenReading:
                 await record.set_published(connection, self._token, published)
             self._published = published
 
-    async def _advance(self) -> None:
-        """Move the slot, having recorded where to."""
+    async def _advance(self, read_to: int) -> None:
+        """Move the slot, having recorded where to; at most to what had been read so far."""
+        # Before the positions: what is enqueued in between is not passed by them.
         last = {lane: Position.parse(top.last) for lane, top in self._writer.tops.items()}
-        # The read position before the positions: what is enqueued in between is not passed by them.
-        read_to = self._read_to
         target = slot_target(last, await record.positions(self._ground.engine), read_to)
         moved, at = self._advanced
         due = ADVANCE_SECONDS if self._busy else IDLE_ADVANCE_SECONDS
         if target <= moved or time.monotonic() - at < due:
             return
+        # Now, for more may be read while we wait; and a lane may lag, and pass soon.
+        self._busy = target < read_to
         await record.set_target(self._ground.engine, self._token, target)
         try:
             await self._reader.advance(target)
         except WalError as error:
             raise RereadError(str(error)) from error
         self._advanced = (target, time.monotonic())
-        self._busy = False
 
     # Telling
 
@@ -355,3 +365,17 @@ class ProvenReading:
             "transport": self._transport.kind,
             "lag_seconds": self._lag,
         }
+
+
+def _restored(remembered: record.Remembered, server: Server) -> bool:
+    """Tell whether this is another history; a restored database has mostly lost its slot as well."""
+    known = remembered.slot
+    return known is not None and (known.system_identifier, known.timeline) != (
+        server.system_identifier,
+        server.timeline,
+    )
+
+
+def _target(start: int, remembered: record.Remembered) -> int:
+    """Give what to record: a move that was under way when reading ended may come to pass only now."""
+    return start if remembered.slot is None else max(start, remembered.slot.target)
