@@ -298,13 +298,13 @@ async def test_proven_delivery_with_a_user_that_may_not_replicate(healthy: Patie
 
 
 async def test_a_slot_that_is_not_ours(healthy: Patients) -> None:
-    await healthy.sql("select pg_create_logical_replication_slot('foreign_one', 'test_decoding')")
+    await healthy.sql("select pg_create_physical_replication_slot('foreign_one')")
     try:
         found = await healthy.problems(WORKER_DELIVERY="proven", WORKER_SLOT="foreign_one")
     finally:
         await healthy.sql("select pg_drop_replication_slot('foreign_one')")
     (problem,) = [finding for finding in found if finding["name"] == "delivery"]
-    assert "uses the plugin test_decoding, not pgoutput" in problem["detail"]
+    assert "uses the plugin of physical replication, not pgoutput" in problem["detail"]
     assert "WORKER_SLOT" in problem["detail"]
 
 
