@@ -180,11 +180,12 @@ def judge(slot: SlotState | None, server: Server, recorded: Recorded | None) -> 
 
 
 def _unusable(slot: SlotState) -> Judgement | None:
+    # First, for a slot that is lost is dropped: a physical one without a reader looks like that.
+    if slot.plugin != PLUGIN or not slot.ours or slot.temporary or slot.two_phase:
+        return Judgement("foreign", _foreign(slot))
     if slot.wal_status == "lost" or slot.invalidation_reason:
         why = slot.invalidation_reason or f"max_slot_wal_keep_size is {slot.keep_size}"
         return Judgement("lost", f'the replication slot "{slot.name}" has lost the log it needs ({why})')
-    if slot.plugin != PLUGIN or not slot.ours or slot.temporary or slot.two_phase:
-        return Judgement("foreign", _foreign(slot))
     return None
 
 
