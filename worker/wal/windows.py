@@ -96,6 +96,9 @@ class WindowReader:
     async def read(self) -> AsyncIterator[WalBatch]:
         """Yield batches, looking again after a pause that grows while nothing happens.
 
+        After a failure it may be called again: it goes on behind what was handed over, in the midst of a
+        transaction too, at the price of decoding again.
+
         Raises:
             WalError: the slot or the database is away.
             MalformedChange: what came is not the protocol.

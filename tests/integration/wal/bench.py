@@ -31,6 +31,10 @@ class Reading:
     batches: list[WalBatch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Go on with the same reader after it has failed."""
         self._source = self.reader.read()
 
     @property
@@ -85,7 +89,7 @@ class Log:
     async def now(self) -> int:
         """Give the LSN that the log has reached."""
         # What has committed is flushed: the tests wait for each commit.
-        lsn: int = await self.db.fetchval("select pg_current_wal_insert_lsn()")
+        lsn: int = await self.db.fetchval("select pg_current_wal_flush_lsn()")
         return lsn
 
     async def state(self) -> SlotState:

@@ -374,6 +374,23 @@ async def test_a_window_grows_until_a_large_transaction_fits(
     assert brief(rows[-1]) == ("INSERT", b"-1")
 
 
+async def test_a_lost_cursor_is_taken_up_where_it_was_in_the_midst_of_a_transaction(log: Log) -> None:
+    await log.db.execute("insert into orders select generate_series(1, 10000)")
+    async with log.reading("windows") as reading:
+        await reading.until(lambda one: len(one.changes) >= 3000)
+        assert reading.batches[-1].open
+        await log.db.execute(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
+            " where datname = current_database() and pid <> pg_backend_pid()"
+        )
+        with pytest.raises(ReadingLostError):
+            await reading.count(10000)
+        await log.engine.dispose()
+        reading.begin_again()
+        rows = await reading.count(10000)
+    assert [brief(row)[1] for row in rows] == [str(number).encode() for number in range(1, 10001)]
+
+
 @pytest.mark.slow
 async def test_a_server_is_answered_while_nobody_reads(log: Log) -> None:
     # Longer than wal_sender_timeout, after which the server would cut the connection.
