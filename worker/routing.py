@@ -17,7 +17,7 @@ from worker.change import RawChange
 from worker.declarations import Handler, Subscription
 from worker.errors import FilterError
 from worker.filters import Filter
-from worker.values import canonicalizer, decoder, may_hide_nan
+from worker.values import Form, canonicalizer, decoder, may_hide_nan
 
 _encode = msgspec.json.Encoder().encode
 _Row = Mapping[str, msgspec.Raw]
@@ -215,9 +215,10 @@ class _Arm:
         values: dict[str, Any] = {}
         for name in condition.columns:
             value, type_name = self.values.find(raw, row, name, "filter=")
-            decode = decoder(type_name, "json")
+            decode = decoder(type_name, _form(raw))
             # What only Postgres reads can only be asked whether it is NULL: its text will do.
-            values[name] = decode(value) if decode else None if value == _NULL else str(value, "utf-8")
+            null = value is None or value == _NULL
+            values[name] = decode(value) if decode else None if null else str(value, "utf-8")
         return condition.matches(values)
 
 
@@ -260,7 +261,7 @@ class _Key:
         for name in self.columns:
             value, type_name = self.values.find(raw, row, name, self.option)
             try:
-                text = canonicalizer(type_name)(value)
+                text = canonicalizer(type_name, _form(raw))(value)
             except _UNREADABLE:
                 raise _malformed(name, type_name) from None
             if text is None and self.drops_null:
@@ -286,9 +287,9 @@ class _Values:
         Raises:
             _UnroutableError: it is not there, or is not what the row holds.
         """
-        value = row.get(name) if row is not None else None
-        if value is None:
+        if row is None or name not in row:
             raise _absent(raw, name, option)
+        value = row[name]
         if name in self.never_null and value == _NULL:
             # A NOT NULL number that is null on the wire is NaN or an infinity; nobody can tell which.
             raise _UnroutableError(f'{option} needs "{name}", and NaN and infinity are null in the payload')
@@ -298,6 +299,11 @@ class _Values:
                 alias = self.aliases.get(name)
                 return value, alias.value_type if alias and alias.type == column.type else column.type
         raise _absent(raw, name, option)
+
+
+def _form(raw: RawChange) -> Form:
+    """Tell how the source writes values."""
+    return "text" if raw.source == "wal" else "json"
 
 
 def _bound(condition: Filter | None, table: Table | None) -> Filter | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Final
 
+import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.catalogue import Table
@@ -219,12 +220,18 @@ def _draft(table: Table, shape: Shape, position: Position, raw: RawChange, attem
 
 def _key(table: Table, shape: Shape, row: Mapping[str, Any]) -> dict[str, bytes] | None:
     """Take the primary key as it came, if all of it came whole."""
-    key = {name: bytes(row[name]) for name in table.primary_key if name in row and name not in shape.cut}
+    carried = [name for name in table.primary_key if row.get(name) is not None and name not in shape.cut]
+    key = {name: _as_json(shape, row[name]) for name in carried}
     return (
         key
         if table.primary_key and len(key) == len(table.primary_key) and _NULL not in key.values()
         else None
     )
+
+
+def _as_json(shape: Shape, value: Any) -> bytes:  # noqa: ANN401 - msgspec.Raw, or bytes of the log
+    """Write a value as JSON: of the log as a string, which Postgres reads as any type."""
+    return msgspec.json.encode(str(value, "utf-8")) if shape.of_log else bytes(value)
 
 
 async def _complete(session: AsyncSession, table: Table, drafts: Sequence[_Draft]) -> None:
@@ -253,7 +260,8 @@ async def _read_by_database(session: AsyncSession, shape: Shape, drafts: Sequenc
         for target, source in ((draft.new, draft.raw.record), (draft.old, draft.raw.old_record)):
             if target is None or source is None:
                 continue
-            row = {name: bytes(source[name]) for name in shape.casts if name in source and name not in target}
+            asked = [name for name in shape.casts if name in source and name not in target]
+            row = {name: _as_json(shape, source[name]) for name in asked}
             row = {name: value for name, value in row.items() if name not in shape.cut}
             if row:
                 targets.append(target)

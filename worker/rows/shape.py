@@ -41,10 +41,14 @@ class Shape:
     nan: frozenset[str]
     certainly_nan: frozenset[str]
     plain: bool
+    of_log: bool = False
+    """Values are Postgres's texts, not JSON."""
     _absent: dict[tuple[object, ...], "Absent"] = field(default_factory=dict)
 
     def read(self, row: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
         """Decode the values of a row, without those that Postgres must read (unless they are NULL)."""
+        if self.of_log:
+            return self._read_log(row)
         strict = self.strict
         try:
             return {name: strict[name](value) for name, value in row.items()}
@@ -54,6 +58,15 @@ class Shape:
                 for name, value in row.items()
                 if name not in self.casts or value == _NULL
             }
+
+    def _read_log(self, row: Mapping[str, bytes | None]) -> dict[str, Any]:
+        """Decode Postgres's texts; NULL is None."""
+        total, casts = self.total, self.casts
+        return {
+            name: None if value is None else total[name](value)
+            for name, value in row.items()
+            if value is None or name not in casts
+        }
 
     def _read_one(self, name: str, raw: bytes) -> Value:
         total = self.total.get(name)
@@ -89,7 +102,8 @@ def shape_of(table: Table, columns: tuple[Column, ...], source: RawSource) -> Sh
     for column in columns:
         info = infos[column.name]
         name = column.type if info is None else info.value_type
-        quick, safe = strict_decoder(name), decoder(name, "json")
+        safe = decoder(name, "text" if source == "wal" else "json")
+        quick = safe if source == "wal" else strict_decoder(name)
         if quick is None or safe is None:
             casts[column.name] = quote(column.type) if info is None else info.sql_cast
         else:
@@ -106,6 +120,7 @@ def shape_of(table: Table, columns: tuple[Column, ...], source: RawSource) -> Sh
         nan=frozenset(info.name for info in nan),
         certainly_nan=frozenset(info.name for info in nan if info.not_null),
         plain=not casts and not cut,
+        of_log=source == "wal",
     )
 
 
