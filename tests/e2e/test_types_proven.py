@@ -1,4 +1,4 @@
-"""The same values by the other delivery: what the log carries comes typed and exact, and is not read again."""
+"""The same values by the other delivery: what the log carries comes exact, and is not read again."""
 
 from collections.abc import AsyncIterator
 
