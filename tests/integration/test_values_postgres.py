@@ -258,7 +258,7 @@ def payload(table: Table, wire: str) -> bytes:
 
 def uncut(raw: RawChange) -> RawChange:
     """Take away what is Realtime's own in its values: characters cut off, NaN as null."""
-    return msgspec.structs.replace(raw, source="wal")
+    return msgspec.structs.replace(raw, source="redrive")
 
 
 def same(got: object, want: object) -> bool:
