@@ -7,7 +7,7 @@ in retries.py.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -83,6 +83,7 @@ _PROMOTE = text(
 _LANES = text(
     "select distinct h.handler, h.lanes[1] from tailrace.held h join tailrace.handlers on name = h.handler"
     " where h.status = 'retrying' and h.next_attempt_at <= clock_timestamp() and state = 'active'"
+    " and not paused"
 )
 
 
@@ -91,21 +92,14 @@ async def due(session: AsyncSession, lane: Lane, seen: Sequence[int]) -> list[He
     connection = await session.connection()
     parameters = {"handler": lane.handler, "lane": lane.number, "most": MOST_AT_ONCE, "seen": list(seen)}
     found = await connection.execute(_DUE, parameters)
-    return [
-        HeldRow(
-            row[0],
-            Kept(
-                tuple(row[1]),
-                tuple(key.encode() for key in row[2]),
-                Position(row[3], row[4]),
-                row[5],
-                row[6] or b"",
-                row[7],
-            ),
-            row[8],
-        )
-        for row in found
-    ]
+    return [from_row(row) for row in found]
+
+
+def from_row(row: Sequence[Any]) -> HeldRow:
+    """Make it of id, lanes, keys, lsn, ordinal, source, payload, changes and attempts."""
+    keys = tuple(key.encode() for key in row[2])
+    kept = Kept(tuple(row[1]), keys, Position(row[3], row[4]), row[5], row[6] or b"", row[7])
+    return HeldRow(row[0], kept, row[8])
 
 
 async def held_keys(session: AsyncSession, handler: str, keys: Sequence[bytes]) -> set[bytes]:

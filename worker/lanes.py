@@ -8,14 +8,15 @@ Keys, all below the prefix `WORKER_QUEUE`:
 
     {prefix}:{generation}:lane:{handler}:{n}   stream: id = position, field `e` = Entry as MessagePack
     {prefix}:{generation}:meta                 hash: token of the lease that may write, last id written
-    {prefix}:{generation}:tops                 hash: lane -> "id count bytes" of its last entry
-    {prefix}:{generation}:passed               hash: lane -> "count bytes" up to which it is applied
+    {prefix}:{generation}:tops                 hash: lane -> "id count bytes changes" of its last entry
+    {prefix}:{generation}:passed               hash: lane -> "count bytes changes" up to which it is applied
+    {prefix}:{generation}:parking              hash: lane -> count of the entry up to which it is to be parked
     {prefix}:claims                            hash: lane -> worker that drains it, or `queued:<ms>`
     {prefix}:worker:{id}                       key with a time to live: this worker is alive
     {prefix}:bell:{id}, {prefix}:jobs          pub/sub: a lane of this worker has news; arq's queue has a job
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -27,8 +28,6 @@ from worker.change import Position
 if TYPE_CHECKING:
     from redis.commands.core import AsyncScript
 
-LEFT_OVER_SECONDS = 86_400
-"""Lanes of an old generation are kept for a day, for people who want to look."""
 CLAIM_SECONDS = 5
 """A worker that has not renewed its key for so long is dead; its lanes are anybody's."""
 QUEUED_MS = 2_000
@@ -80,6 +79,8 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     """The transaction's id (32 bits), where the source tells it: applied only once it is visible."""
     changes: int = 1
     """For how many changes it counts: 0 where another lane of the handler counts the change."""
+    total: int = 0
+    """Changes of this lane in this generation, these included."""
 
 
 class Content(NamedTuple):
@@ -119,6 +120,13 @@ class Top(NamedTuple):
     last: str
     entries: int
     size: int
+    changes: int = 0
+
+    def above(self, passed: "Backlog | None") -> "Backlog":
+        """Count what has been written above what is applied."""
+        if passed is None:
+            return Backlog(self.entries, self.size, self.changes)
+        return Backlog(*(max(0, top - done) for top, done in zip(self[1:], passed, strict=True)))
 
 
 class Backlog(NamedTuple):
@@ -126,6 +134,24 @@ class Backlog(NamedTuple):
 
     entries: int
     size: int
+    changes: int = 0
+
+    def __add__(self, other: object) -> "Backlog":
+        """Add up two."""
+        if not isinstance(other, Backlog):
+            return NotImplemented
+        return Backlog(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+
+NOTHING = Backlog(0, 0, 0)
+
+
+class Found(NamedTuple):
+    """What a lane holds above a position."""
+
+    reads: "list[Read]"
+    park_to: int
+    """Count of the entry up to which the listener wants it parked; 0 where it does not."""
 
 
 class Lanes:
@@ -135,12 +161,12 @@ class Lanes:
         self.redis = redis
         self.prefix = prefix
         script = redis.register_script
-        self._add: AsyncScript = script(lane_scripts.ADD)
+        self.add_script: AsyncScript = script(lane_scripts.ADD)
         self._ring: AsyncScript = script(lane_scripts.RING)
         self._sweep: AsyncScript = script(lane_scripts.SWEEP)
         self._claim: AsyncScript = script(lane_scripts.CLAIM)
         self._release: AsyncScript = script(lane_scripts.RELEASE)
-        self._take_over: AsyncScript = script(lane_scripts.TAKE_OVER)
+        self.take_over_script: AsyncScript = script(lane_scripts.TAKE_OVER)
 
     def base(self, generation: str) -> str:
         """Name what all keys of a generation begin with."""
@@ -161,24 +187,29 @@ class Lanes:
 
     # Reading and trimming, for workers
 
-    async def read(self, generation: str, lane: Lane, after: Position, most: int) -> list[Read]:
+    async def read(self, generation: str, lane: Lane, after: Position, most: int) -> Found:
         """Read entries above a position: at most so many, and not much more than MOST_BYTES."""
+        key = self.key(generation, lane)
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hget(f"{self.base(generation)}:parking", str(lane))
+            pipe.xrange(key, _above(after), "+", min(AT_ONCE, most))
+            park_to, found = await pipe.execute()
         reads: list[Read] = []
         size = 0
-        while len(reads) < most and size < MOST_BYTES:
-            start = _above(reads[-1].position if reads else after)
-            count = min(AT_ONCE, most - len(reads))
-            found = await self.redis.xrange(self.key(generation, lane), start, "+", count)
+        while found:
             for id_, fields in found:
                 reads.append(Read(Position.parse(id_.decode()), _DECODER.decode(fields[b"e"])))
                 size += len(fields[b"e"])
-            if len(found) < count:
+            left = min(AT_ONCE, most - len(reads))
+            if len(found) < AT_ONCE or left <= 0 or size >= MOST_BYTES:
                 break
-        return reads
+            found = await self.redis.xrange(key, _above(reads[-1].position), "+", left)
+        return Found(reads, int(park_to or 0))
 
     async def trim(self, generation: str, lane: Lane, last: Read) -> None:
         """Forget what Postgres says is applied: the entries up to `last`."""
-        await self._pass(generation, lane, last.position, f"{last.entry.count} {last.entry.size}")
+        entry = last.entry
+        await self._pass(generation, lane, last.position, f"{entry.count} {entry.size} {entry.total}")
 
     async def _pass(self, generation: str, lane: Lane, position: Position, passed: str) -> None:
         async with self.redis.pipeline(transaction=False) as pipe:
@@ -197,7 +228,7 @@ class Lanes:
             return
         top = _top(found)
         if Position.parse(top.last) <= position:
-            await self._pass(generation, lane, position, f"{top.entries} {top.size}")
+            await self._pass(generation, lane, position, f"{top.entries} {top.size} {top.changes}")
 
     # Claims and wake-ups
 
@@ -222,6 +253,14 @@ class Lanes:
         """List the living workers."""
         start = f"{self.prefix}:worker:"
         return sorted([key.decode()[len(start) :] async for key in self.redis.scan_iter(f"{start}*")])
+
+    async def park(self, generation: str, lanes: Mapping[Lane, int]) -> list[Lane]:
+        """Have lanes parked up to the entry of this count, and wake whoever drains them; see `ring`."""
+        if not lanes:
+            return []
+        marks = [str(word) for one in lanes.items() for word in one]
+        await self.raw("HSET", f"{self.base(generation)}:parking", *marks)
+        return await self.ring(lanes)
 
     async def ring(self, lanes: Iterable[Lane]) -> list[Lane]:
         """Wake whoever drains these lanes; return those that need an arq job."""
@@ -265,175 +304,13 @@ def _above(position: Position) -> str:
 
 
 def _top(value: bytes) -> Top:
-    last, count, size = value.decode().split()
-    return Top(last, int(count), int(size))
-
-
-class LaneWriter:
-    """The listener's end of the lanes: one generation, one token, one order of batches."""
-
-    def __init__(self, lanes: Lanes, generation: str, token: str, floor: Position) -> None:
-        self._lanes = lanes
-        self.generation = generation
-        self._token = token
-        self._floor = str(floor)
-        self._last = self._floor
-        self._tops: dict[Lane, Top] = {}
-        self._staged: list[str | bytes] = []
-        self._touched: dict[Lane, Top] = {}
-        self._newest = self._floor
-
-    @property
-    def meta(self) -> str:
-        """Name of the hash that says who may write."""
-        return f"{self._lanes.base(self.generation)}:meta"
-
-    async def begin(self) -> None:
-        """Start the generation in Redis."""
-        async with self._lanes.redis.pipeline(transaction=True) as pipe:
-            pipe.delete(self.meta)
-            pipe.hset(self.meta, mapping={"token": self._token, "last": self._floor})
-            await pipe.execute()
-
-    async def take_over(self) -> bool:
-        """Go on where an earlier listener of this generation ended; False where Redis has lost it."""
-        last = await self._lanes._take_over(keys=[self.meta], args=[self._token])  # noqa: SLF001 - as in flush
-        if last is None:
-            return False
-        self._last = self._newest = last.decode()
-        self._tops = await self._lanes.tops(self.generation)
-        return True
-
-    async def forget_all_but(self, handlers: Collection[str]) -> None:
-        """Drop the lanes of handlers that are gone: nobody drains them, and they would fill Redis."""
-        gone = [lane for lane in self._tops if lane.handler not in handlers]
-        if not gone:
-            return
-        base = self._lanes.base(self.generation)
-        names = [str(lane) for lane in gone]
-        async with self._lanes.redis.pipeline(transaction=True) as pipe:
-            pipe.delete(*(self._lanes.key(self.generation, lane) for lane in gone))
-            pipe.hdel(f"{base}:tops", *names)
-            pipe.hdel(f"{base}:passed", *names)
-            pipe.hdel(self._lanes.claims, *names)
-            await pipe.execute()
-        for lane in gone:
-            del self._tops[lane]
-
-    @property
-    def last(self) -> Position:
-        """Position of the last entry that is surely in Redis."""
-        return Position.parse(self._last)
-
-    async def check(self) -> None:
-        """See whether Redis still has the generation.
-
-        Raises:
-            LanesLostError: it does not.
-            LeaseLostError: another listener writes it.
-        """
-        found = await self._lanes.raw("HMGET", self.meta, "token", "last")
-        self._judge(found[0], found[1])
-
-    def _judge(self, token: bytes | None, last: bytes | None) -> None:
-        if token is None or last is None:
-            raise LanesLostError("Redis has lost the lanes (flushed, evicted or replaced)")
-        if token.decode() != self._token:
-            raise LeaseLostError("another listener has taken over")
-        if last.decode() not in (self._last, self._newest):
-            raise LanesLostError("Redis holds an older copy of the lanes")
-
-    def stage(self, lane: Lane, position: Position, content: Content) -> None:
-        """Put an entry into the batch that the next flush writes."""
-        before = self._touched.get(lane) or self._tops.get(lane) or Top(self._floor, 0, 0)
-        size = before.size + len(content.payload) + sum(map(len, content.keys)) + 64
-        entry = Entry(
-            before.last,
-            content.lanes,
-            content.keys,
-            content.source,
-            content.payload,
-            before.entries + 1,
-            size,
-            content.at,
-            content.xid,
-            content.changes,
-        )
-        id_ = str(position)
-        self._touched[lane] = Top(id_, entry.count, size)
-        self._staged += (str(lane), id_, _ENCODER.encode(entry))
-        self._newest = id_
-
-    def unstage(self) -> None:
-        """Forget the batch; its entries will be staged again."""
-        self._staged, self._touched = [], {}
-        # Not `_newest`: a batch whose fate is unknown may have arrived, and is then found by its last id.
-
-    @property
-    def tops(self) -> Mapping[Lane, Top]:
-        """The last entry of every lane."""
-        return self._tops
-
-    async def flush(self) -> list[Lane]:
-        """Write the batch; return the lanes that need an arq job.
-
-        Safe to call again after a lost connection: a batch that had arrived is not written twice.
-
-        Raises:
-            LanesLostError: Redis is not what it was; nothing was written.
-            LeaseLostError: another listener writes; nothing was written.
-        """
-        if not self._staged:
-            return []
-        lanes = self._lanes
-        tops: list[str] = []
-        for lane, top in self._touched.items():
-            tops += (str(lane), f"{top.last} {top.entries} {top.size}")
-        arguments: list[str | bytes | int] = [
-            lanes.base(self.generation),
-            lanes.prefix,
-            QUEUED_MS,
-            self._token,
-            self._last,
-            self._newest,
-            *self._staged,
-            _ENCODER.encode(tops),
-        ]
-        answer = await lanes._add(keys=[lanes.claims], args=arguments)  # noqa: SLF001 - the two halves of one mechanism
-        if answer[0] == b"token":
-            self._judge(answer[1] or None, self._last.encode())
-        if answer[0] == b"last" and answer[1].decode() != self._newest:
-            raise LanesLostError("Redis holds an older copy of the lanes")
-        cold = [Lane.parse(name.decode()) for name in answer[1]] if answer[0] == b"added" else []
-        self._tops |= self._touched
-        self._last = self._newest
-        self._staged, self._touched = [], {}
-        return cold
-
-    async def backlog(self) -> Backlog:
-        """Count the entries and bytes that are written and not yet applied."""
-        passed = await self._lanes.passed(self.generation)
-        entries = size = 0
-        for lane, top in self._tops.items():
-            done = passed.get(lane, Backlog(0, 0))
-            entries += max(0, top.entries - done.entries)
-            size += max(0, top.size - done.size)
-        return Backlog(entries, size)
-
-    async def retire(self, generation: str, *, keep: bool = True) -> None:
-        """Let the lanes of an old generation go: in a day, or at once where their source has it all."""
-        base = self._lanes.base(generation)
-        async for key in self._lanes.redis.scan_iter(f"{base}:*", count=1000):
-            if keep:
-                await self._lanes.redis.expire(key, LEFT_OVER_SECONDS)
-            else:
-                await self._lanes.redis.unlink(key)
+    last, *counts = value.decode().split()
+    return Top(last, *map(int, counts))
 
 
 def by_handler(lanes: Mapping[Lane, Backlog]) -> dict[str, Backlog]:
     """Add up lanes for each handler."""
     sums: dict[str, Backlog] = {}
     for lane, backlog in lanes.items():
-        before = sums.get(lane.handler, Backlog(0, 0))
-        sums[lane.handler] = Backlog(before.entries + backlog.entries, before.size + backlog.size)
+        sums[lane.handler] = sums.get(lane.handler, NOTHING) + backlog
     return sums

@@ -29,6 +29,18 @@ class LaneRow(NamedTuple):
     position: Position
     arrived: Position | None
     holding: int
+    """Rows of held changes that concern it, parked ones too."""
+    parked: int
+    """Parked rows that this lane is to apply."""
+
+
+class Moved(NamedTuple):
+    """By how much the counters of a lane change."""
+
+    read: int = 0
+    applied: int = 0
+    holding: int = 0
+    parked: int = 0
 
 
 class SourceRow(NamedTuple):
@@ -41,6 +53,8 @@ class SourceRow(NamedTuple):
     delivery: str
     same_server: bool
     """False where Postgres is not what it was when the generation began (proven delivery alone)."""
+    paused: bool
+    """True where a person has paused the handler that was asked for."""
 
 
 # A dead or frozen process must not keep the row: Postgres ends its transaction by itself (kernel answers
@@ -49,7 +63,7 @@ _LIMITS = (
     "set_config('idle_in_transaction_session_timeout', :idle, true),"
     " set_config('client_connection_check_interval', '1000', true)"
 )
-_ROW = "lane, lsn, ordinal, arrived_lsn, arrived_ordinal, holding"
+_ROW = "lane, lsn, ordinal, arrived_lsn, arrived_ordinal, holding, parked"
 _FROM = "from tailrace.lanes where handler = :handler and lane ="
 _READ = f"select {_ROW} {_FROM}"
 # Limits and lock in one round trip; the limits concern what comes after the lock, which itself never waits.
@@ -65,7 +79,8 @@ _LOOK = text(f"{_READ} any (cast(:lanes as integer[]))")
 _SOURCE = text(
     "select generation, floor_lsn, floor_ordinal, lanes, history, delivery,"
     " delivery = 'plain' or (server_started = pg_postmaster_start_time()"
-    "  and timeline = (select timeline_id from pg_control_checkpoint()))"
+    "  and timeline = (select timeline_id from pg_control_checkpoint())),"
+    " coalesce((select paused from tailrace.handlers where name = :handler), false)"
     " from tailrace.source"
 )
 # pgoutput tells 32 bits of a transaction id; what is less than half a circle ahead of now is of the future,
@@ -87,7 +102,8 @@ _MOVE = text(
     "update tailrace.lanes set lsn = :lsn, ordinal = :ordinal,"
     " arrived_lsn = case when lsn = :lsn and ordinal = :ordinal then arrived_lsn end,"
     " arrived_ordinal = case when lsn = :lsn and ordinal = :ordinal then arrived_ordinal end,"
-    " applied = applied + :applied, holding = holding + :holding, moved_at = clock_timestamp()"
+    " read = read + :read, applied = applied + :applied, holding = holding + :holding,"
+    " parked = parked + :parked, moved_at = clock_timestamp()"
     " where handler = :handler and lane = :lane"
 )
 _COUNT_HELD = text(
@@ -136,13 +152,13 @@ async def _rows(
 
 def _row(found: Any) -> LaneRow:  # noqa: ANN401 - a row of text(), which has no types
     arrived = None if found[3] is None else Position(found[3], found[4])
-    return LaneRow(Position(found[1], found[2]), arrived, found[5])
+    return LaneRow(Position(found[1], found[2]), arrived, found[5], found[6])
 
 
-async def read_source(connection: AsyncConnection | AsyncSession) -> SourceRow:
-    """Read the generation in force."""
-    row = (await connection.execute(_SOURCE)).one()
-    return SourceRow(row[0], Position(row[1], row[2]), row[3], row[4], row[5], bool(row[6]))
+async def read_source(connection: AsyncConnection | AsyncSession, handler: str = "") -> SourceRow:
+    """Read the generation in force, and whether a handler is paused."""
+    row = (await connection.execute(_SOURCE, {"handler": handler})).one()
+    return SourceRow(row[0], Position(row[1], row[2]), row[3], row[4], row[5], bool(row[6]), row[7])
 
 
 async def visible(session: AsyncSession, xids: Iterable[int]) -> set[int]:
@@ -156,21 +172,18 @@ async def ask_reread(connection: AsyncConnection, generation: str, cause: str) -
     await connection.execute(_ASK_REREAD, {"generation": generation, "cause": cause})
 
 
-async def move(
-    session: AsyncSession, lane: Lane, to: Position, *, applied: int = 0, holding: int = 0
-) -> None:
+async def move(session: AsyncSession, lane: Lane, to: Position, moved: Moved = Moved()) -> None:  # noqa: B008 - immutable
     """Move a lane to a position (its own, where only the counters move), under its lock.
 
     Args:
         session: holds the lane's row.
         lane: which.
         to: never below where it is.
-        applied: changes applied with this.
-        holding: by how much the number of its held rows changes.
+        moved: by how much its counters change.
     """
     connection = await session.connection()
-    parameters = {"lsn": to.lsn, "ordinal": to.ordinal, "applied": applied, "holding": holding}
-    await connection.execute(_MOVE, {"handler": lane.handler, "lane": lane.number} | parameters)
+    parameters = {"handler": lane.handler, "lane": lane.number, "lsn": to.lsn, "ordinal": to.ordinal}
+    await connection.execute(_MOVE, parameters | moved._asdict())
 
 
 async def count_held(session: AsyncSession, lane: Lane, holding: int) -> None:

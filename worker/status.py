@@ -16,18 +16,21 @@ from config.settings import Settings
 from worker import lease
 from worker.change import Position
 from worker.database import make_engine
-from worker.lanes import Backlog, Lane, Lanes, by_handler
+from worker.lanes import Lanes, by_handler
 from worker.queue import connection_pool
 
 _HANDLERS = text(
-    "select h.name, h.state, h.filtered, coalesce(sum(l.applied), 0)::bigint"
+    "select h.name, h.state, h.paused, h.filtered, coalesce(sum(l.read), 0)::bigint,"
+    " coalesce(sum(l.applied), 0)::bigint"
     " from tailrace.handlers h left join tailrace.lanes l on l.handler = h.name"
     " group by h.name order by h.name"
 )
 _HELD = text(
-    "select handler, status, sum(changes)::bigint, min(first_failed_at) from tailrace.held"
+    "select handler, status, sum(changes)::bigint,"
+    " extract(epoch from clock_timestamp() - min(held_at))::float8 from tailrace.held"
     " group by handler, status"
 )
+_FIELDS = {"retrying": "held", "parked": "parked", "dead": "dead"}
 _GAPS = text(
     "select id, since, until, cause, tables, state from tailrace.gaps where state = 'open'"
     " order by id desc limit 50"
@@ -45,6 +48,8 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
         sqlalchemy.exc.DBAPIError, OSError: Postgres is away.
     """
     async with engine.connect() as connection:
+        # One snapshot: what the counters add up to must be of one moment.
+        await connection.execution_options(isolation_level="REPEATABLE READ")
         row = (await connection.execute(text("select delivery, generation from tailrace.source"))).one()
         handlers = await _handlers(connection)
         gaps = [dict(found) for found in (await connection.execute(_GAPS)).mappings()]
@@ -85,10 +90,10 @@ def _version() -> str:
 
 async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
     handlers: dict[str, dict[str, Any]] = {}
-    for name, state, filtered, applied in await connection.execute(_HANDLERS):
+    for name, state, paused, filtered, passed, applied in await connection.execute(_HANDLERS):
         handlers[name] = {
             "state": state,
-            "read": filtered + applied,
+            "read": filtered + passed,
             "filtered": filtered,
             "applied": applied,
             "held": 0,
@@ -96,12 +101,12 @@ async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
             "dead": 0,
             "queued": 0,
             "lag_seconds": 0.0,
-            "paused": False,
+            "paused": paused,
         }
-    for name, state, changes, _ in await connection.execute(_HELD):
-        field = {"retrying": "held", "parked": "parked", "dead": "dead"}[state]
-        handlers[name][field] = changes
-        handlers[name]["read"] += changes
+    for name, status, changes, seconds in await connection.execute(_HELD):
+        handlers[name][_FIELDS[status]] = changes
+        if status == "parked":
+            handlers[name]["lag_seconds"] = seconds
     return handlers
 
 
@@ -112,17 +117,13 @@ async def _from_redis(lanes: Lanes, generation: str | None, handlers: dict[str, 
     try:
         tops = await lanes.tops(generation)
         passed = await lanes.passed(generation)
-        queued: dict[Lane, Backlog] = {}
-        for lane, top in tops.items():
-            done = passed.get(lane, Backlog(0, 0))
-            if top.entries > done.entries:
-                queued[lane] = Backlog(top.entries - done.entries, top.size - done.size)
-        for name, backlog in by_handler(queued).items():
+        backlogs = {lane: top.above(passed.get(lane)) for lane, top in tops.items()}
+        for name, backlog in by_handler(backlogs).items():
             if name in handlers:
-                handlers[name]["queued"] = backlog.entries
-                handlers[name]["read"] += backlog.entries
-        for lane in queued:
-            oldest = await lanes.read(generation, lane, Position(0, 0), 1)
+                handlers[name]["queued"] = backlog.changes
+                handlers[name]["read"] += backlog.changes
+        for lane in [lane for lane, backlog in backlogs.items() if backlog.entries]:
+            oldest = (await lanes.read(generation, lane, Position(0, 0), 1)).reads
             if oldest and lane.handler in handlers:
                 waited = max(0.0, time.time() - oldest[0].entry.at)
                 handlers[lane.handler]["lag_seconds"] = max(handlers[lane.handler]["lag_seconds"], waited)

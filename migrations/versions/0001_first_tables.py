@@ -29,7 +29,9 @@ create table tailrace.source (
   timeline        integer,
   system          text,
   published       jsonb,
-  reread          text
+  reread          text,
+  noted_lsn       bigint not null default 0,
+  noted_ordinal   bigint not null default -1
 );
 comment on column tailrace.source.generation is
   'random name of one reading of the source; part of the names of the lanes in Redis';
@@ -37,6 +39,8 @@ comment on column tailrace.source.slot_target is
   'commits below it are accounted for: written before the slot is moved there';
 comment on column tailrace.source.reread is
   'why a worker wants the source to be read again from the slot; null when nobody does';
+comment on column tailrace.source.noted_lsn is
+  'up to here what has no entry in any lane is written down: what was filtered out, and gaps';
 comment on column tailrace.source.live_at is 'last moment at which the source was surely live';
 insert into tailrace.source default values;
 
@@ -46,6 +50,7 @@ create table tailrace.handlers (
   state       text not null default 'active' check (state in ('active', 'orphaned')),
   tables      text[] not null,
   filtered    bigint not null default 0,
+  paused      boolean not null default false,
   since       timestamptz not null default now(),
   orphaned_at timestamptz
 );
@@ -58,14 +63,19 @@ create table tailrace.lanes (
   ordinal         bigint not null default 0,
   arrived_lsn     bigint,
   arrived_ordinal bigint,
+  read            bigint not null default 0,
   applied         bigint not null default 0,
   holding         integer not null default 0,
+  parked          integer not null default 0,
   moved_at        timestamptz,
   primary key (handler, lane)
 ) with (fillfactor = 50);
 comment on column tailrace.lanes.arrived_lsn is
   'position of a change of several lanes that this lane has reached and waits for';
-comment on column tailrace.lanes.holding is 'rows of tailrace.held that concern this lane';
+comment on column tailrace.lanes.read is
+  'changes that the lane has passed: applied, or in tailrace.held';
+comment on column tailrace.lanes.holding is 'rows of tailrace.held that concern this lane, without dead letters';
+comment on column tailrace.lanes.parked is 'rows of tailrace.held with status parked that this lane is to apply';
 
 create table tailrace.held (
   id              bigint generated always as identity primary key,
@@ -79,6 +89,7 @@ create table tailrace.held (
   payload         bytea,
   changes         integer not null default 1,
   attempts        integer not null default 0,
+  held_at         timestamptz not null default clock_timestamp(),
   next_attempt_at timestamptz,
   error_class     text,
   error           text,
@@ -90,6 +101,7 @@ comment on table tailrace.held is 'changes that wait: for a retry of their own, 
 comment on column tailrace.held.keys is 'lane keys, as JSON arrays of canonical texts';
 create index held_by_handler on tailrace.held (handler, id) where status <> 'dead';
 create index held_by_key on tailrace.held using gin (keys) where status <> 'dead';
+create index held_parked on tailrace.held (handler, (lanes[1]), id) where status = 'parked';
 create index held_due on tailrace.held (next_attempt_at)
   where status = 'retrying' and next_attempt_at is not null;
 

@@ -43,7 +43,7 @@ class Applying:
     def __init__(self, caller: Caller, decoder: Decoder) -> None:
         self.handler: Handler = caller.handler
         self._caller = caller
-        self._decoder = decoder
+        self.decoder = decoder
 
     # Fresh changes
 
@@ -77,17 +77,17 @@ class Applying:
 
     async def _keys(self, turn: Turn, batch: Sequence[Read], blocked: set[bytes]) -> None:
         """Call a derive handler with each key once, however many changes lie behind it."""
-        counts, waiting = _count(batch, blocked)
+        counts, waiting = count(batch, blocked)
         for key, changes in waiting.items():
             await held.absorb(turn.session, self.handler.name, key, changes)
         verdicts: list[tuple[KeyItem, Failure | None]] = []
         items = self._typed(turn, counts, verdicts)
         if not turn.careful:
-            await self._whole(self._keys_call(turn), items)
+            await self.whole(self.keys_call(turn), items)
             turn.progress.applied += sum(counts.values())
             return
-        outcome = await self._apart(
-            turn, self._keys_call(turn), items, lambda item: (item.key,), lambda item: item.key
+        outcome = await self.apart(
+            turn, self.keys_call(turn), items, lambda item: (item.key,), lambda item: item.key
         )
         turn.progress.applied += sum(item.changes for item in outcome.applied)
         verdicts += outcome.failed
@@ -104,11 +104,11 @@ class Applying:
         items = []
         for key, changes in counts.items():
             try:
-                items.append(KeyItem(key, self._decoder.key(key), changes))
+                items.append(KeyItem(key, self.decoder.key(key), changes))
             except Exception as error:
                 if not turn.careful:
                     raise CallFailedError from error
-                verdicts.append((KeyItem(key, None, changes), classify(error, 1, self._caller.backoff)))
+                verdicts.append((KeyItem(key, None, changes), self.judge(error)))
         return items
 
     async def _changes(self, turn: Turn, batch: Sequence[Read], blocked: set[bytes]) -> None:
@@ -125,13 +125,13 @@ class Applying:
             blocked.update(read.entry.keys)
         if not turn.careful:
             items = await self._decoded(turn, free)
-            await self._whole(self._changes_call(turn), items)
+            await self.whole(self.changes_call(turn), items)
             turn.progress.applied += len(items)
         else:
-            items = await self._decoder.changes(turn.session, free)
-            outcome = await self._apart(
+            items = await self.decoder.changes(turn.session, free)
+            outcome = await self.apart(
                 turn,
-                self._changes_call(turn),
+                self.changes_call(turn),
                 items,
                 lambda item: item.read.entry.keys,
                 lambda item: item.read.position,
@@ -147,23 +147,23 @@ class Applying:
 
     async def _decoded(self, turn: Turn, reads: Sequence[Read]) -> list[Item]:
         try:
-            return await self._decoder.changes(turn.session, reads)
+            return await self.decoder.changes(turn.session, reads)
         except Exception as error:
-            raise self._trouble(error) from error
+            raise self.trouble(error) from error
 
     async def _unreadable(self, turn: Turn, batch: Sequence[Read]) -> dict[Position, Failure]:
         """Find the changes that cannot even be decoded: malformed, or of a table no longer subscribed to."""
         found: dict[Position, Failure] = {}
         try:
             async with turn.session.begin_nested():
-                await self._decoder.changes(turn.session, batch)
+                await self.decoder.changes(turn.session, batch)
         except Exception as error:
             if len(batch) > 1:
                 middle = len(batch) // 2
                 return await self._unreadable(turn, batch[:middle]) | await self._unreadable(
                     turn, batch[middle:]
                 )
-            failure = classify(error, 1, self._caller.backoff)
+            failure = self.judge(error)
             if failure is None:
                 raise LaneBlockedError from error
             found[batch[0].position] = failure
@@ -171,20 +171,24 @@ class Applying:
 
     async def _hold(self, turn: Turn, kept: Kept, failure: Failure | None, *, at_once: bool = False) -> None:
         if failure is not None:
-            self._tell(turn.lane, failure)
+            self.tell(turn.lane, failure)
         await held.hold(turn.session, self.handler.name, kept, failure, at_once=at_once)
         if failure is None or failure.delay is not None:
             turn.holds(kept.lanes, 1)
 
     # Calls
 
-    def _keys_call(self, turn: Turn) -> Call[KeyItem]:
+    def keys_call(self, turn: Turn) -> Call[KeyItem]:
+        """Make what calls a derive handler."""
+
         async def call(items: Sequence[KeyItem]) -> None:
             await self._caller.keys(turn.session, [item.value for item in items])
 
         return call
 
-    def _changes_call(self, turn: Turn) -> Call[Item]:
+    def changes_call(self, turn: Turn) -> Call[Item]:
+        """Make what calls a change handler."""
+
         def name(change: Change) -> str:
             # Positions alone repeat after a restore.
             return f"{turn.source.history}:{self.handler.name}:{change.position}"
@@ -194,20 +198,24 @@ class Applying:
 
         return call
 
-    async def _whole(self, call: Call[ItemT], items: Sequence[ItemT]) -> None:
+    async def whole(self, call: Call[ItemT], items: Sequence[ItemT]) -> None:
         """Call with the whole batch, without savepoints: nearly always all is well."""
         size = self.handler.batch or max(1, len(items))
         try:
             for start in range(0, len(items), size):
                 await call(items[start : start + size])
         except Exception as error:
-            raise self._trouble(error) from error
+            raise self.trouble(error) from error
 
-    def _trouble(self, error: Exception) -> CallFailedError | LaneBlockedError:
-        blameless = classify(error, 1, self._caller.backoff) is None
-        return LaneBlockedError() if blameless else CallFailedError()
+    def judge(self, error: BaseException, attempt: int = 1) -> Failure | None:
+        """Judge a failure; None where nobody is to blame."""
+        return classify(error, attempt, self._caller.backoff)
 
-    async def _apart(
+    def trouble(self, error: Exception) -> CallFailedError | LaneBlockedError:
+        """Say how a pass goes on after a failure of a whole batch."""
+        return LaneBlockedError() if self.judge(error) is None else CallFailedError()
+
+    async def apart(
         self,
         turn: Turn,
         call: Call[ItemT],
@@ -220,7 +228,7 @@ class Applying:
             turn.session,
             call=call,
             keys=keys,
-            judge=lambda _, error: classify(error, 1, self._caller.backoff),
+            judge=lambda _, error: self.judge(error),
             identity=identity,
             spoilers=turn.spoilers,
             together=turn.together and self.handler.wants_list,
@@ -230,7 +238,8 @@ class Applying:
             await isolation.apply(items[start : start + size])
         return isolation.outcome
 
-    def _tell(self, lane: Lane, failure: Failure) -> None:
+    def tell(self, lane: Lane, failure: Failure) -> None:
+        """Log a failure; neither values nor the error's text, which may have some."""
         delay = None if failure.delay is None else round(failure.delay, 1)
         log.warning(
             "handler failed",
@@ -264,7 +273,7 @@ class Applying:
         spoiler = turn.spoilers.get(("held", row.id))
         failure = spoiler or await self._call_again(turn, row)
         if failure is not None:
-            self._tell(turn.lane, failure)
+            self.tell(turn.lane, failure)
             await held.failed_again(session, row, failure)
         else:
             await held.let_go(session, row)
@@ -278,15 +287,15 @@ class Applying:
         async def call(_: Sequence[HeldRow]) -> None:
             if row.kept.source == "key":
                 key = row.kept.keys[0]
-                await self._keys_call(turn)([KeyItem(key, self._decoder.key(key), row.kept.changes)])
+                await self.keys_call(turn)([KeyItem(key, self.decoder.key(key), row.kept.changes)])
             else:
-                await self._changes_call(turn)([await self._decoder.held(turn.session, row)])
+                await self.changes_call(turn)([await self.decoder.held(turn.session, row)])
 
         isolation: Isolation[HeldRow] = Isolation(
             turn.session,
             call=call,
             keys=lambda _: (),
-            judge=lambda _, error: classify(error, row.attempts + 1, self._caller.backoff),
+            judge=lambda _, error: self.judge(error, row.attempts + 1),
             identity=lambda _: ("held", row.id),
             spoilers={},
             together=False,
@@ -295,7 +304,7 @@ class Applying:
         return isolation.outcome.failed[0][1] if isolation.outcome.failed else None
 
 
-def _count(batch: Sequence[Read], blocked: set[bytes]) -> tuple[dict[bytes, int], dict[bytes, int]]:
+def count(batch: Sequence[Read], blocked: set[bytes]) -> tuple[dict[bytes, int], dict[bytes, int]]:
     """Count the changes behind each key that is free, and behind each that is held.
 
     A change of several keys counts once: with a held one if there is one, else with its first.

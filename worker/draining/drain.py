@@ -7,7 +7,7 @@ Which worker does it, and when, is not decided here (see turns.py).
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import structlog
 from redis.exceptions import RedisError
@@ -17,13 +17,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from worker import gaps, positions
 from worker.change import Position
 from worker.database import explain, is_away, is_conflict, is_locked
+from worker.draining import parking
 from worker.draining.applying import Applying
 from worker.draining.calls import Caller, CallFailedError, LaneBlockedError, TransactionSpoiltError
 from worker.draining.items import Decoder
 from worker.draining.meetings import Meeting, meet, other_lanes
+from worker.draining.parking import Parking
 from worker.draining.passes import Pass, Progress, Turn
 from worker.lanes import AT_ONCE, Lane, Lanes, Read
-from worker.positions import Limits
+from worker.positions import Limits, Moved
 from worker.registry import Handler
 from worker.retries import Failure
 
@@ -33,6 +35,9 @@ FIRST_BATCH = 32
 SLOW_PASS_SECONDS = 2.0
 MOST_TRIES = 50
 """Transactions of one pass, each with more care than the one before."""
+
+Take = Callable[[Turn, Sequence[Read]], Awaitable[None]]
+"""What is done with entries: applied, or parked."""
 
 
 class _HoleError(Exception):
@@ -56,6 +61,7 @@ class Drain:
         self._engine = engine
         self._lanes = lanes
         self._applying = Applying(caller, decoder)
+        self._parking = Parking(self._applying)
         self._limits = limits
         self._batch = batch
         self._most = min(batch, FIRST_BATCH)
@@ -69,7 +75,7 @@ class Drain:
         full = False
         try:
             progress = await self._until_applied(lane)
-            full = progress.ended is Pass.MORE
+            full = progress.ended is Pass.MORE and progress.applied > 0
             return progress
         finally:
             self._adapt(time.monotonic() - began, full=full)
@@ -124,7 +130,7 @@ class Drain:
             row = await positions.lock(session, lane, self._limits)
             if row is None:
                 return Progress(ended=Pass.UNKNOWN), None
-            source = await positions.read_source(session)
+            source = await positions.read_source(session, lane.handler)
             if source.generation is None:
                 return progress, None
             if not source.same_server:
@@ -132,24 +138,49 @@ class Drain:
                 return Progress(ended=Pass.AWAY, reason=reason), None
             progress.at = row.position
             turn = Turn(session, lane, row, source, progress, careful, together, spoilers)
-            more = row.holding > 0 and await self._applying.retry(turn)
-            most = self._most  # passes over other lanes change it meanwhile
-            found = await self._lanes.read(source.generation, lane, row.position, most)
-            reads = await self._seen(turn, found)
-            met: list[int] = []
-            if batch := self._applying.cut(turn, _until_meeting(reads)):
-                await self._chained(turn, batch)
-                await self._applying.fresh(turn, batch)
-                progress.last = batch[-1]
-                more = more or len(batch) < len(reads) or len(reads) >= min(most, AT_ONCE)
-            elif reads:
-                met = await self._meet(turn, reads[0])
-            elif found:
-                progress.ended = Pass.SOON
+            more = not source.paused and row.holding > 0 and await self._applying.retry(turn)
+            met, further = await self._pass_entries(turn)
             await self._write(turn, met)
-        if progress.ended is Pass.EMPTY and (more or spoilers):
+        if progress.ended is Pass.EMPTY and (more or further or spoilers):
             progress.ended = Pass.MORE
         return progress, source.generation
+
+    async def _pass_entries(self, turn: Turn) -> tuple[Sequence[int], bool]:
+        """Apply what stands in the stream above the position, or park it.
+
+        Returns the other lanes that have been moved with this one, and whether there may be more.
+        """
+        progress = turn.progress
+        found, parks, full = await self._found(turn)
+        if turn.row.parked > 0 and not parks and not turn.source.paused:
+            # What is parked came before all that is in the stream.
+            await self._parking.unpark(turn, self._most)
+            return [], True
+        take = self._parking.park if parks else self._applying.fresh
+        reads = await self._seen(turn, found)
+        if batch := self._applying.cut(turn, _until_meeting(reads)):
+            await self._chained(turn, batch)
+            await take(turn, batch)
+            progress.last, progress.read = batch[-1], sum(read.entry.changes for read in batch)
+            return [], full or len(batch) < len(reads)
+        if reads:
+            return await self._meet(turn, reads[0], take), False
+        if found:
+            progress.ended = Pass.SOON
+        return [], False
+
+    async def _found(self, turn: Turn) -> tuple[list[Read], bool, bool]:
+        """Read entries above the position; tell whether to park them, and whether there may be more."""
+        generation, lane, position = str(turn.source.generation), turn.lane, turn.row.position
+        most = self._most  # passes over other lanes change it meanwhile
+        reads, park_to = await self._lanes.read(generation, lane, position, most)
+        if not reads or not (turn.source.paused or reads[0].entry.count <= park_to):
+            return reads, False, len(reads) >= min(most, AT_ONCE)
+        if len(reads) == most:
+            reads, _ = await self._lanes.read(generation, lane, position, parking.AT_ONCE)
+        if not turn.source.paused:
+            reads = [read for read in reads if read.entry.count <= park_to]
+        return reads, True, True
 
     async def _seen(self, turn: Turn, reads: list[Read]) -> list[Read]:
         """Cut off what is decoded but cannot be seen yet: a handler would compute from the old state."""
@@ -162,7 +193,7 @@ class Drain:
                 return reads[:n]
         return reads
 
-    async def _meet(self, turn: Turn, read: Read) -> list[int]:
+    async def _meet(self, turn: Turn, read: Read, take: Take) -> Sequence[int]:
         """Go to a change of several lanes; return the other lanes that have been moved past it."""
         progress, lane = turn.progress, turn.lane
         if await self._chained(turn, [read]):
@@ -177,7 +208,8 @@ class Drain:
         progress.last, progress.ended = read, Pass.MORE
         progress.wake.update(others)
         if state is Meeting.READY:
-            await self._applying.fresh(turn, [read])
+            await take(turn, [read])
+            progress.read = read.entry.changes
             return others
         log.error(
             "change left to its gap", handler=lane.handler, lane=lane.number, position=str(read.position)
@@ -190,11 +222,12 @@ class Drain:
         if progress.last is not None:
             progress.at = progress.last.position
         holding = {number: rows for number, rows in progress.holding.items() if rows}
-        if progress.last is not None or progress.applied or holding:
-            own = holding.pop(turn.lane.number, 0)
-            await positions.move(session, turn.lane, progress.at, applied=progress.applied, holding=own)
+        if progress.last is not None or progress.applied or progress.parked or holding:
+            own = Moved(progress.read, progress.applied, holding.pop(turn.lane.number, 0), progress.parked)
+            await positions.move(session, turn.lane, progress.at, own)
         for number in met:
-            await positions.move(session, Lane(handler, number), progress.at, holding=holding.pop(number, 0))
+            moved = Moved(holding=holding.pop(number, 0))
+            await positions.move(session, Lane(handler, number), progress.at, moved)
         for number, rows in holding.items():
             await positions.count_held(session, Lane(handler, number), rows)
 

@@ -62,29 +62,43 @@ class Decoder:
 
     async def changes(self, session: AsyncSession, reads: Sequence[Read]) -> list[Item]:
         """Decode and repair changes, keeping their order."""
+        raws = [(read.position, _decode(read.entry.source, read.entry.payload), 1) for read in reads]
+        built = await self._built(session, raws)
+        return [Item(read, built[read.position]) for read in reads]
+
+    async def parked(self, session: AsyncSession, rows: Sequence[HeldRow]) -> list[Item]:
+        """Decode and repair parked changes, whose positions all differ, keeping their order."""
+        raws = [
+            (row.kept.position, _decode(row.kept.source, row.kept.payload), row.attempts + 1) for row in rows
+        ]
+        built = await self._built(session, raws)
+        return [_item(row, built[row.kept.position]) for row in rows]
+
+    async def _built(
+        self, session: AsyncSession, raws: Sequence[tuple[Position, RawChange, int]]
+    ) -> dict[Position, Change]:
         by_table: dict[tuple[str, str], list[tuple[Position, RawChange, int]]] = {}
-        for read in reads:
-            raw = _decode(read.entry.source, read.entry.payload)
-            by_table.setdefault((raw.schema, raw.table), []).append((read.position, raw, 1))
+        for one in raws:
+            by_table.setdefault((one[1].schema, one[1].table), []).append(one)
         built: dict[Position, Change] = {}
         for name, entries in by_table.items():
             for change in await build_changes(session, self._table(name), entries):
                 built[change.position] = change
-        return [Item(read, built[read.position]) for read in reads]
+        return built
 
     async def held(self, session: AsyncSession, row: HeldRow) -> Item:
         """Decode a held change for its next attempt."""
-        raw = _decode(row.kept.source, row.kept.payload)
-        position = row.kept.position
-        entries = [(position, raw, row.attempts + 1)]
-        (change,) = await build_changes(session, self._table((raw.schema, raw.table)), entries)
-        return Item(Read(position, None), change)  # type: ignore[arg-type] # held changes have left their lane
+        return (await self.parked(session, [row]))[0]
 
     def _table(self, name: tuple[str, str]) -> Table:
         table = self._tables.get(name)
         if table is None:
             raise MalformedChange(f"a change of {name[0]}.{name[1]}, to which no handler subscribes any more")
         return table
+
+
+def _item(row: HeldRow, change: Change) -> Item:
+    return Item(Read(row.kept.position, None), change)  # type: ignore[arg-type] # held changes have left their lane
 
 
 def _decode(source: str, payload: bytes) -> RawChange:

@@ -40,9 +40,13 @@ class Pass(enum.Enum):
 class Progress:
     """What one transaction did, for those who act after its commit."""
 
+    read: int = 0
+    """Changes that the lane has passed."""
     applied: int = 0
     holding: Counter[int] = field(default_factory=Counter)
     """By how much the number of held rows of each lane has changed."""
+    parked: int = 0
+    """By how much the number of parked rows of this lane has changed."""
     last: Read | None = None
     """The entry up to which the lane has moved."""
     at: Position = Position.ZERO

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker import held, positions
+from worker import held, parked, positions
 from worker.database import explain
 from worker.draining.drain import Drain
 from worker.draining.passes import Pass, Progress
@@ -285,7 +285,7 @@ class Draining:
             self._generation = (await positions.read_source(connection)).generation
             if self._generation is None:
                 return
-            due = await held.due_lanes(connection)
+            due = {*await held.due_lanes(connection), *await parked.waiting_lanes(connection)}
         for lane in await self._lanes.sweep(self._generation):
             await self._enqueue(lane)
         await self.wake(due)

@@ -1,6 +1,12 @@
-"""From the source into the journal: routes, counts what is filtered, stops while the lanes are full."""
+"""From the source into the journal: routes, counts what is filtered, stops while the lanes are full.
+
+What is filtered out, or is a gap, has no entry in any lane whose position could tell that it is accounted
+for. So it has a position of its own in the row of the source, up to which it is noted: a log that is read
+again counts nothing twice.
+"""
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -9,10 +15,12 @@ import structlog
 from redis.exceptions import RedisError
 from sqlalchemy import text
 
-from worker.change import RawChange
-from worker.lanes import Backlog
+from worker import gaps
+from worker.change import Position, RawChange
+from worker.lanes import Backlog, LeaseLostError
 from worker.reading.ground import CANARY, Ground
 from worker.reading.journal import Journal
+from worker.reading.lagging import Bounds, to_park
 from worker.registry import Handler
 from worker.routing import Router
 from worker.source import Gap
@@ -20,6 +28,12 @@ from worker.source import Gap
 log = structlog.get_logger(__name__)
 
 FULL_SECONDS = 0.1
+_NOTE = text(
+    "update tailrace.source set noted_lsn = :lsn, noted_ordinal = :ordinal"
+    " where lease_token = :token returning id"
+)
+_FILTERED = text("update tailrace.handlers set filtered = filtered + :count where name = :name")
+
 LOOK_CHANGES = 100
 LOOK_BYTES = 4 * 1024 * 1024
 """The backlog is looked at again after so much: its bounds are as exact as that."""
@@ -28,10 +42,16 @@ LOOK_BYTES = 4 * 1024 * 1024
 class Intake:
     """Takes changes in for a reading."""
 
-    def __init__(self, ground: Ground, journal: Journal, lanes: int) -> None:
+    def __init__(self, ground: Ground, journal: Journal, lanes: int, token: str, noted: Position) -> None:
         self._ground = ground
         self._journal = journal
+        self._token = token
         self._router = Router(ground.handlers, ground.catalogue, lanes)
+        settings = ground.settings
+        self._bounds = Bounds(
+            settings.max_backlog, settings.max_backlog_bytes, settings.lane_backlog, len(ground.handlers)
+        )
+        self._noted = self._taken = noted
         self._owed: dict[tuple[str, tuple[str, str]], Gap] = {}
         self._changes = LOOK_CHANGES
         self._bytes = 0
@@ -46,20 +66,29 @@ class Intake:
         if (raw.schema, raw.table) == CANARY:
             return 0
         routes = self._router.route(raw)
-        for handler in routes.filtered:
-            self.filtered[handler.name] += 1
-        for handler, reason in routes.unroutable:
-            self._cannot_route(raw, handler, reason)
         matched = routes.matched
+        unroutable = routes.unroutable
         if raw.type == "TRUNCATE":
             for one in [one for one in matched if one.handler.kind == "derive"]:
-                self._cannot_route(raw, one.handler, "TRUNCATE")
+                unroutable.append((one.handler, "TRUNCATE"))
                 matched.remove(one)
+        if raw.position is None or raw.position > self._noted:
+            self._note(raw, routes.filtered, unroutable)
         if matched:
             self._journal.add(raw, matched, at)
             self._changes += len(matched)
             self._bytes += len(raw.payload) * len(matched)
         return len(matched)
+
+    def _note(
+        self, raw: RawChange, filtered: Sequence[Handler], unroutable: Sequence[tuple[Handler, str]]
+    ) -> None:
+        """Note what has no entry in any lane."""
+        self._taken = raw.position or self._taken
+        for handler in filtered:
+            self.filtered[handler.name] += 1
+        for handler, reason in unroutable:
+            self._cannot_route(raw, handler, reason)
 
     def _cannot_route(self, raw: RawChange, handler: Handler, reason: str) -> None:
         """Owe a gap for what a handler cannot be given; one for each handler, table and tick."""
@@ -74,24 +103,31 @@ class Intake:
         self._owed[handler.name, table] = Gap(since, now, cause, (table,))
 
     async def pay(self) -> None:
-        """Record the gaps that are owed, and note what was filtered."""
-        for name, gap in list(self._owed.items()):
-            await self._ground.record(gap)
+        """Record the gaps that are owed and what was filtered, and up to where that is.
+
+        Raises:
+            LeaseLostError: another listener has taken over.
+        """
+        owed, counts, taken = dict(self._owed), Counter(self.filtered), self._taken
+        if not owed and not counts:
+            return  # nothing to note is noted with what comes next: our own writes must not keep the log busy
+        async with self._ground.engine.begin() as connection:
+            at = {"token": self._token, "lsn": taken.lsn, "ordinal": taken.ordinal}
+            if (await connection.execute(_NOTE, at)).one_or_none() is None:
+                raise LeaseLostError("another listener has taken over")
+            for gap in owed.values():
+                await gaps.record(
+                    connection, cause=gap.cause, tables=gap.tables, since=gap.since, until=gap.until
+                )
+            for handler, count in sorted(counts.items()):
+                await connection.execute(_FILTERED, {"name": handler, "count": count})
+        self._noted = taken
+        self.filtered -= counts
+        for name, gap in owed.items():
+            tables = [f"{schema}.{table}" for schema, table in gap.tables]
+            log.warning("gap", cause=gap.cause, tables=tables)
             if self._owed.get(name) is gap:  # one that has grown meanwhile is owed again
                 del self._owed[name]
-        if not self.filtered:
-            return
-        counts, self.filtered = self.filtered, Counter()
-        try:
-            async with self._ground.engine.begin() as connection:
-                for handler, count in counts.items():
-                    await connection.execute(
-                        text("update tailrace.handlers set filtered = filtered + :count where name = :name"),
-                        {"name": handler, "count": count},
-                    )
-        except BaseException:
-            self.filtered.update(counts)
-            raise
 
     async def until_room(self) -> None:
         """Wait while the lanes are full: the source holds the rest."""
@@ -101,10 +137,10 @@ class Intake:
         while True:
             self._changes = self._bytes = 0
             try:
-                backlog = await self._journal.backlog()
+                backlog = await self.look()
             except (RedisError, OSError):
                 return  # the flush will wait for Redis, and says so
-            if self._has_room(backlog):
+            if self._bounds.has_room(backlog):
                 if told:
                     log.info("reading goes on")
                 return
@@ -113,9 +149,14 @@ class Intake:
                 told = True
             await asyncio.sleep(FULL_SECONDS)
 
-    def _has_room(self, backlog: Backlog) -> bool:
-        settings = self._ground.settings
-        return backlog.entries < settings.max_backlog and backlog.size < settings.max_backlog_bytes
+    async def look_after(self) -> None:
+        """Have lanes parked also while nothing comes in; a Redis that is away is the flush's to tell."""
+        with contextlib.suppress(RedisError, OSError):
+            await self.look()
+
+    async def look(self) -> Backlog:
+        """Count what is under way, and have the lanes parked that lag too far behind."""
+        return await self._journal.park(lambda backlogs, tops: to_park(backlogs, tops, self._bounds))
 
     async def put_keys(self, handler: Handler, keys: Sequence[bytes]) -> None:
         """Write a backfill's keys; live changes go first."""

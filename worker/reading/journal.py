@@ -6,7 +6,7 @@ Redis, and begins a new generation when Redis has lost the old one. What reads i
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker import gaps, lease
 from worker.change import Position, RawChange
 from worker.database import explain, is_away
-from worker.lanes import Backlog, Content, Lane, Lanes, LanesLostError, LaneWriter, Top
+from worker.lane_writer import LaneWriter
+from worker.lanes import NOTHING, Backlog, Content, Lane, Lanes, LanesLostError, Top
 from worker.queue import refuses_for_now
 from worker.registry import Handler
 from worker.routing import Routed, lane_of
@@ -209,6 +210,7 @@ class Journal:
         content = Content(numbers, one.keys, one.source, one.payload, one.at, one.xid)
         for number in numbers:
             self._writer.stage(Lane(one.handler.name, number), one.position, content)
+            content = content._replace(changes=0)  # the lowest lane applies it, and counts it
 
     def _settle(self) -> None:
         self.written += self._batch
@@ -257,7 +259,7 @@ class Journal:
         passed = await self._lanes.passed(self.generation)
         waiting: list[tuple[Lane, Top]] = []
         for lane, top in self._writer.tops.items():
-            if top.entries > passed.get(lane, Backlog(0, 0)).entries:
+            if top.entries > passed.get(lane, NOTHING).entries:
                 waiting.append((lane, top))
         if not waiting:
             self._clean_at = datetime.now(UTC)
@@ -328,10 +330,19 @@ class Journal:
         goal = {lane: top.entries for lane, top in self._writer.tops.items() if lane.handler == handler.name}
         while generation == self.generation:
             passed = await self._lanes.passed(generation)
-            if all(passed.get(lane, Backlog(0, 0)).entries >= count for lane, count in goal.items()):
+            if all(passed.get(lane, NOTHING).entries >= count for lane, count in goal.items()):
                 return
             await asyncio.sleep(AWAY_SECONDS)
 
     async def backlog(self) -> Backlog:
         """Count what is written and not yet applied."""
         return await self._writer.backlog()
+
+    async def park(
+        self, choose: Callable[[Mapping[Lane, Backlog], Mapping[Lane, Top]], Mapping[Lane, int]]
+    ) -> Backlog:
+        """Have lanes parked as they are chosen by their backlogs; return what is under way altogether."""
+        backlogs = await self._writer.backlogs()
+        for lane in await self._lanes.park(self.generation, choose(backlogs, self._writer.tops)):
+            await self._enqueue(lane)
+        return sum(backlogs.values(), NOTHING)

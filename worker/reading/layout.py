@@ -36,9 +36,9 @@ _ORPHAN = text(
 )
 # What the lanes that go have applied is counted on by those that stay.
 _SHRINK = text(
-    "with gone as (delete from tailrace.lanes where lane >= :lanes returning handler, applied)"
-    " update tailrace.lanes l set applied = l.applied + g.applied"
-    " from (select handler, sum(applied) as applied from gone group by handler) g"
+    "with gone as (delete from tailrace.lanes where lane >= :lanes returning handler, read, applied)"
+    " update tailrace.lanes l set read = l.read + g.read, applied = l.applied + g.applied"
+    " from (select handler, sum(read) as read, sum(applied) as applied from gone group by handler) g"
     " where l.handler = g.handler and l.lane = 0"
 )
 _ORPHANED = text("select orphaned_at from tailrace.handlers where name = :name and state = 'orphaned'")

@@ -16,7 +16,7 @@ from sqlalchemy import text
 from worker import gaps, lease, positions
 from worker.backfill import Backfills
 from worker.change import Position
-from worker.lanes import LaneWriter
+from worker.lane_writer import LaneWriter
 from worker.reading import layout, record
 from worker.reading.ground import Ground, backfill
 from worker.reading.intake import Intake
@@ -107,7 +107,7 @@ class PlainReading:
             lane_count=self.lanes,
             enqueue=ground.enqueue,
         )
-        self._intake = Intake(ground, self.journal, self.lanes)
+        self._intake = Intake(ground, self.journal, self.lanes, self._token, Position.ZERO)
         self._backfills = Backfills(
             ground.engine,
             ground.handlers,
@@ -201,6 +201,7 @@ class PlainReading:
     async def tick(self) -> None:
         """Pay what is owed: gaps, counters, and the gap from before the start."""
         await self._intake.pay()
+        await self._intake.look_after()
         since = self._source.subscribed_since
         if self._owed_since is not None and since is not None:
             cause = "the listener was not running"

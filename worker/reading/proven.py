@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from worker import gaps, lease, positions
 from worker.backfill import Backfills
 from worker.change import Position
-from worker.lanes import LaneWriter
+from worker.lane_writer import LaneWriter
 from worker.reading import layout, record
 from worker.reading.ground import CANARY, Ground, backfill
 from worker.reading.intake import Intake
@@ -176,6 +176,7 @@ class ProvenReading:
             target = _target(start, remembered) if judgement.finding == "fine" else start
             await record.begin(connection, self._token, target, server, self._published)
             await self._gaps_of_start(connection, cause if missed else None, remembered, since)
+            noted = (await record.read(connection)).noted
             await connection.execute(
                 text("update tailrace.backfills set cursor = null, phase = 'rows' where state = 'running'")
             )
@@ -192,7 +193,7 @@ class ProvenReading:
             lane_count=self.lanes,
             enqueue=ground.enqueue,
         )
-        self._intake = Intake(ground, self.journal, self.lanes)
+        self._intake = Intake(ground, self.journal, self.lanes, self._token, noted)
         self._backfills = Backfills(
             ground.engine,
             ground.handlers,
@@ -280,6 +281,7 @@ class ProvenReading:
         # Before what is owed is paid: the slot must pass no change whose gap is not recorded yet.
         read_to = self._read_to
         await self._intake.pay()
+        await self._intake.look_after()
         async with ground.engine.connect() as connection:
             server = await read_server(connection)
             self._slot = await read_slot(connection, settings.slot)

@@ -15,7 +15,10 @@ from worker.lanes import Lane, LeaseLostError
 from worker.wal.publication import Fingerprint
 from worker.wal.slot import Recorded, Server
 
-_READ = text("select slot_target, system, timeline, published, delivery, generation from tailrace.source")
+_READ = text(
+    "select slot_target, system, timeline, published, delivery, generation, noted_lsn, noted_ordinal"
+    " from tailrace.source"
+)
 _BEGIN = text(
     "update tailrace.source set delivery = 'proven', slot_target = :target, system = :system,"
     " timeline = :timeline, server_started = cast(cast(:started as text) as timestamptz),"
@@ -31,6 +34,7 @@ _PUBLISHED = text(
 _FORWARD = text(
     "update tailrace.lanes set lsn = :lsn, ordinal = -1, arrived_lsn = null, arrived_ordinal = null"
 )
+_NOTED = text("update tailrace.source set noted_lsn = :lsn, noted_ordinal = -1")
 _FORGET = text(
     "update tailrace.source set delivery = 'plain', generation = null, slot_target = null, published = null"
 )
@@ -45,6 +49,8 @@ class Remembered(NamedTuple):
     published: Fingerprint | None
     delivery: str
     generation: str | None
+    noted: Position
+    """Up to here what has no entry in any lane is written down."""
 
 
 async def read(connection: AsyncConnection) -> Remembered:
@@ -52,7 +58,7 @@ async def read(connection: AsyncConnection) -> Remembered:
     row = (await connection.execute(_READ)).one()
     recorded = None if row[0] is None else Recorded(row[0], row[1], row[2])
     published = None if row[3] is None else msgspec.convert(row[3], Fingerprint)
-    return Remembered(recorded, published, row[4], row[5])
+    return Remembered(recorded, published, row[4], row[5], Position(row[6], row[7]))
 
 
 async def begin(
@@ -97,6 +103,7 @@ async def set_published(connection: AsyncConnection, token: str, published: Fing
 async def restart_at(connection: AsyncConnection, lsn: int, *, new_history: bool) -> None:
     """Put every lane where the slot is, waiting for those being drained: what was before is a gap."""
     await connection.execute(_FORWARD, {"lsn": lsn})
+    await connection.execute(_NOTED, {"lsn": lsn})
     if new_history:
         await connection.execute(_HISTORY)
 

@@ -25,7 +25,8 @@ from worker.draining.drain import Drain
 from worker.draining.items import Decoder
 from worker.draining.passes import Pass, Progress
 from worker.draining.turns import Draining
-from worker.lanes import Lane, Lanes, LaneWriter
+from worker.lane_writer import LaneWriter
+from worker.lanes import Lane, Lanes
 from worker.positions import Limits
 from worker.queue import connection_pool
 from worker.reading import layout
@@ -183,9 +184,12 @@ class Bench:
         return int(await self.db.fetchval(f"select count(*) from {query}"))
 
     async def counters(self) -> tuple[int, int, int]:
-        """Return applied, held (dead ones too) and queued, in changes."""
-        applied = await self.db.fetchval("select coalesce(sum(applied), 0) from tailrace.lanes")
+        """Return applied, held (dead ones too) and queued, in changes; what was read must add up to it."""
+        read, applied = await self.db.fetchrow(
+            "select coalesce(sum(read), 0), coalesce(sum(applied), 0) from tailrace.lanes"
+        )
         waiting = await self.db.fetchval("select coalesce(sum(changes), 0) from tailrace.held")
+        assert read == applied + waiting
         return int(applied), int(waiting), (await self.journal.backlog()).entries
 
     async def holding_is_true(self) -> bool:
@@ -193,7 +197,8 @@ class Bench:
         wrong = await self.db.fetch(
             "select l.handler, l.lane from tailrace.lanes l where l.holding <> (select count(*)"
             " from tailrace.held h where h.handler = l.handler and l.lane = any(h.lanes)"
-            " and status <> 'dead')"
+            " and status <> 'dead') or l.parked <> (select count(*) from tailrace.held h"
+            " where h.handler = l.handler and l.lane = h.lanes[1] and status = 'parked')"
         )
         return not wrong
 

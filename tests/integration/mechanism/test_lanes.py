@@ -10,7 +10,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.integration.mechanism.bench import Bench, item
 from worker import Handlers
 from worker.change import Position
-from worker.lanes import CLAIM_SECONDS, Content, Lane, LanesLostError, LaneWriter, LeaseLostError
+from worker.lane_writer import LaneWriter
+from worker.lanes import CLAIM_SECONDS, Content, Lane, LanesLostError, LeaseLostError
 
 A = Lane("module.with:colons" + "x" * 180, 3)
 B = Lane("b", 0)
@@ -37,7 +38,7 @@ def stage(to: LaneWriter, lane: Lane, position: int, *, payload: bytes = b"{}") 
 
 
 async def positions(at: Bench, lane: Lane, after: int = 0) -> list[int]:
-    return [read.position.lsn for read in await at.lanes.read("g", lane, Position(after, 0), 1000)]
+    return [read.position.lsn for read in (await at.lanes.read("g", lane, Position(after, 0), 1000)).reads]
 
 
 async def test_entries_name_the_one_before_them_and_come_back_in_order(at: Bench) -> None:
@@ -49,7 +50,7 @@ async def test_entries_name_the_one_before_them_and_come_back_in_order(at: Bench
     stage(to, A, 12)
     stage(to, A, 13)
     assert await to.flush() == []  # their job is on the way
-    reads = await at.lanes.read("g", A, Position(0, 0), 10)
+    reads = (await at.lanes.read("g", A, Position(0, 0), 10)).reads
     assert [(read.position.lsn, read.entry.previous) for read in reads] == [
         (11, "10-0"),
         (12, "11-0"),
@@ -68,12 +69,12 @@ async def test_a_long_lane_is_read_in_parts_bounded_by_bytes(at: Bench) -> None:
     for n in range(250):
         stage(to, A, 11 + n)
     await to.flush()
-    assert len(await at.lanes.read("g", A, Position(0, 0), 1000)) == 250
-    assert len(await at.lanes.read("g", A, Position(0, 0), 150)) == 150
+    assert len((await at.lanes.read("g", A, Position(0, 0), 1000)).reads) == 250
+    assert len((await at.lanes.read("g", A, Position(0, 0), 150)).reads) == 150
     for n in range(250):
         stage(to, B, 300 + n, payload=b"x" * 100_000)
     await to.flush()
-    assert 84 <= len(await at.lanes.read("g", B, Position(0, 0), 1000)) <= 200
+    assert 84 <= len((await at.lanes.read("g", B, Position(0, 0), 1000)).reads) <= 200
 
 
 async def test_another_token_is_refused_and_writes_nothing(at: Bench) -> None:
@@ -101,7 +102,7 @@ async def test_take_over_goes_on_where_the_last_one_ended(at: Bench) -> None:
     assert other.last == Position(11, 0)
     stage(other, A, 12)
     await other.flush()
-    assert [read.entry.previous for read in await at.lanes.read("g", A, Position(0, 0), 9)] == [
+    assert [read.entry.previous for read in (await at.lanes.read("g", A, Position(0, 0), 9)).reads] == [
         "10-0",
         "11-0",
     ]
@@ -145,17 +146,17 @@ async def test_a_batch_of_unknown_fate_is_not_written_twice(at: Bench) -> None:
     for arrived in (True, False):
         position = to.last.lsn + 1
         stage(to, A, position)
-        add = at.lanes._add
+        add = at.lanes.add_script
 
         async def lose(*_: Any, arrived: bool = arrived, add: Any = add, **named: Any) -> Any:
             if arrived:
                 await add(**named)
             raise RedisConnectionError("the answer was lost")
 
-        at.lanes._add = lose  # type: ignore[assignment]
+        at.lanes.add_script = lose  # type: ignore[assignment]
         with pytest.raises(RedisConnectionError):
             await to.flush()
-        at.lanes._add = add
+        at.lanes.add_script = add
         to.unstage()
         stage(to, A, position)
         await to.flush()
@@ -167,7 +168,7 @@ async def test_what_is_taken_in_during_a_flush_of_unknown_fate_is_neither_lost_n
     at: Bench, on: Handlers
 ) -> None:
     await at.load(on)
-    add, calls = at.lanes._add, 0
+    add, calls = at.lanes.add_script, 0
 
     async def lose(**named: Any) -> Any:
         nonlocal calls
@@ -180,14 +181,16 @@ async def test_what_is_taken_in_during_a_flush_of_unknown_fate_is_neither_lost_n
             at.take("items", item(3, 3))
         return answer
 
-    at.lanes._add = lose  # type: ignore[assignment]
+    at.lanes.add_script = lose  # type: ignore[assignment]
     await at.journal.put_keys(at.handlers[0], [b'["1"]'])
-    at.lanes._add = add
+    at.lanes.add_script = add
     await at.journal.flush()
     keys = [
         key
         for number in range(at.lane_count)
-        for read in await at.lanes.read(at.journal.generation, Lane("sums", number), Position(0, 0), 99)
+        for read in (
+            await at.lanes.read(at.journal.generation, Lane("sums", number), Position(0, 0), 99)
+        ).reads
         for key in read.entry.keys
     ]
     assert sorted(keys) == [b'["1"]', b'["2"]', b'["3"]']
@@ -198,17 +201,17 @@ async def test_a_batch_that_was_applied_before_redis_forgot_it_is_not_applied_ag
     at: Bench, on: Handlers
 ) -> None:
     await at.load(on)
-    add, drain = at.lanes._add, at.drain("sums")
+    add, drain = at.lanes.add_script, at.drain("sums")
 
     async def lose(**named: Any) -> Any:
         await add(**named)
-        at.lanes._add = add
+        at.lanes.add_script = add
         for number in range(at.lane_count):
             await drain.run(Lane("sums", number))
         await at.redis.delete(at.writer.meta)
         raise RedisConnectionError("flushed before it answered")
 
-    at.lanes._add = lose  # type: ignore[assignment]
+    at.lanes.add_script = lose  # type: ignore[assignment]
     await at.put("items", item(1, 1))
     assert at.journal.generation != at.writer.generation
     await at.settle(drain)
@@ -256,7 +259,7 @@ async def test_a_claim_is_kept_where_entries_have_come_meanwhile(at: Bench) -> N
     stage(to, A, 11)
     assert await to.flush() == []  # a living worker drains it: rung, not queued
     assert not await at.lanes.release("g", A, "one")
-    (read,) = await at.lanes.read("g", A, Position(0, 0), 9)
+    (read,) = (await at.lanes.read("g", A, Position(0, 0), 9)).reads
     await at.lanes.trim("g", A, read)
     assert await at.lanes.release("g", A, "one")
 
@@ -275,7 +278,7 @@ async def test_the_sweep_finds_lanes_with_work_that_nobody_drains(at: Bench) -> 
     await at.lanes.claim(B, "dying")
     assert await at.lanes.sweep("g") == []
     await at.lanes.gone("dying")
-    (read,) = await at.lanes.read("g", B, Position(0, 0), 9)
+    (read,) = (await at.lanes.read("g", B, Position(0, 0), 9)).reads
     await at.lanes.trim("g", B, read)
     assert await at.lanes.sweep("g") == [A]
 

@@ -1,0 +1,121 @@
+"""Changes that wait in Postgres because their lane lags too far behind or its handler is paused.
+
+Rows of tailrace.held, like those that wait for a retry (held.py): they leave the lane with its position and
+are applied from here, in the order of their ids, before anything that stands in the lane. One that meets an
+earlier held change of its keys waits behind that one, as a held change does.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from worker.change import Position
+from worker.held import HeldRow, Kept, from_row
+from worker.lanes import Lane
+
+_INSERT = text(
+    "insert into tailrace.held (handler, lanes, keys, lsn, ordinal, source, payload, changes, status)"
+    " values (:handler, :lanes, :keys, :lsn, :ordinal, :source, :payload, :changes, 'parked')"
+)
+# A key that waits already stands for the further changes too.
+_INSERT_KEYS = text(
+    "with given as ("
+    "  select key, changes from unnest(cast(:keys as text[]), cast(:changes as integer[])) g (key, changes)),"
+    " first as ("
+    "  select key, changes, (select min(h.id) from tailrace.held h where h.handler = :handler"
+    "   and h.status <> 'dead' and h.keys @> array[key]) as id from given),"
+    " absorbed as ("
+    "  update tailrace.held h set changes = h.changes + first.changes from first where h.id = first.id)"
+    " insert into tailrace.held (handler, lanes, keys, lsn, ordinal, source, payload, changes, status)"
+    " select :handler, array[cast(:lane as integer)], array[key], :lsn, :ordinal, 'key', '', changes,"
+    " 'parked'"
+    " from first where id is null returning id"
+)
+_FIRST = text(
+    "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts from tailrace.held"
+    " where handler = :handler and lanes[1] = :lane and status = 'parked' order by id limit :most"
+)
+_OTHERS = text(
+    "select k, min(h.id) from tailrace.held h, unnest(h.keys) k where h.handler = :handler"
+    " and h.status <> 'dead' and (h.status <> 'parked' or h.lanes[1] <> :lane)"
+    " and h.keys && cast(:keys as text[]) group by k"
+)
+_TO_HELD = text(
+    "update tailrace.held set status = 'retrying',"
+    " next_attempt_at = case when :due then clock_timestamp() end where id = any(cast(:ids as bigint[]))"
+)
+_DELETE = text("delete from tailrace.held where id = any(cast(:ids as bigint[]))")
+_LANES = text(
+    "select l.handler, l.lane from tailrace.lanes l join tailrace.handlers h on h.name = l.handler"
+    " where l.parked > 0 and h.state = 'active' and not h.paused"
+)
+
+
+async def park(session: AsyncSession, handler: str, changes: Sequence[Kept]) -> None:
+    """Park changes, in their order; the session holds the locks of their lanes."""
+    connection = await session.connection()
+    await connection.execute(
+        _INSERT,
+        [
+            {
+                "handler": handler,
+                "lanes": list(kept.lanes),
+                "keys": [key.decode() for key in kept.keys],
+                "lsn": kept.position.lsn,
+                "ordinal": kept.position.ordinal,
+                "source": kept.source,
+                "payload": kept.payload,
+                "changes": kept.changes,
+            }
+            for kept in changes
+        ],
+    )
+
+
+async def park_keys(session: AsyncSession, lane: Lane, counts: Mapping[bytes, int], at: Position) -> int:
+    """Park keys of a derive handler, each with the number of changes behind it; return how many are new."""
+    connection = await session.connection()
+    found = await connection.execute(
+        _INSERT_KEYS,
+        {
+            "handler": lane.handler,
+            "lane": lane.number,
+            "keys": [key.decode() for key in counts],
+            "changes": list(counts.values()),
+            "lsn": at.lsn,
+            "ordinal": at.ordinal,
+        },
+    )
+    return len(found.all())
+
+
+async def first(session: AsyncSession, lane: Lane, most: int) -> list[HeldRow]:
+    """Read the first rows that a lane is to apply."""
+    connection = await session.connection()
+    parameters = {"handler": lane.handler, "lane": lane.number, "most": most}
+    return [from_row(row) for row in await connection.execute(_FIRST, parameters)]
+
+
+async def others(session: AsyncSession, lane: Lane, keys: Iterable[bytes]) -> dict[bytes, int]:
+    """Find rows with these keys that wait for something else; return the id of the first of each key."""
+    connection = await session.connection()
+    parameters = {"handler": lane.handler, "lane": lane.number, "keys": [key.decode() for key in keys]}
+    return {row[0].encode(): row[1] for row in await connection.execute(_OTHERS, parameters)}
+
+
+async def to_held(session: AsyncSession, ids: Sequence[int], *, due: bool) -> None:
+    """Let rows wait as held ones from now on: due at once, or behind an earlier one of their keys."""
+    connection = await session.connection()
+    await connection.execute(_TO_HELD, {"ids": list(ids), "due": due})
+
+
+async def let_go(session: AsyncSession, ids: Sequence[int]) -> None:
+    """Forget rows: they are applied."""
+    connection = await session.connection()
+    await connection.execute(_DELETE, {"ids": list(ids)})
+
+
+async def waiting_lanes(connection: AsyncConnection) -> list[Lane]:
+    """List the lanes that have parked changes to apply."""
+    return [Lane(row[0], row[1]) for row in await connection.execute(_LANES)]
