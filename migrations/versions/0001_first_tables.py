@@ -74,8 +74,10 @@ comment on column tailrace.lanes.arrived_lsn is
   'position of a change of several lanes that this lane has reached and waits for';
 comment on column tailrace.lanes.read is
   'changes that the lane has passed: applied, or in tailrace.held';
-comment on column tailrace.lanes.holding is 'rows of tailrace.held that concern this lane, without dead letters';
-comment on column tailrace.lanes.parked is 'rows of tailrace.held with status parked that this lane is to apply';
+comment on column tailrace.lanes.holding is
+  'rows of tailrace.held that concern this lane, without dead letters';
+comment on column tailrace.lanes.parked is
+  'rows of tailrace.held with status parked that this lane is to apply';
 
 create table tailrace.held (
   id              bigint generated always as identity primary key,

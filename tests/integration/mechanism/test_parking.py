@@ -1,4 +1,4 @@
-"""Lanes that lag or are paused: their changes wait in Postgres and are applied from there, first, in order."""
+"""Lanes that lag or are paused: their changes wait in Postgres and are applied from there, in order."""
 
 import random
 from collections.abc import Mapping
