@@ -91,8 +91,15 @@ def check(*, as_json: Json = False) -> None:
 
 
 @app.command()
-def status(*, as_json: Json = False) -> None:
+def status(
+    *,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Count again from slot, Redis and Postgres; 1 if anything is missing."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show what the listener and the workers are doing; from the database if the listener cannot be asked."""
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
-    raise typer.Exit(commands.status(as_json=as_json))
+    raise typer.Exit(commands.status(verify=verify, as_json=as_json))

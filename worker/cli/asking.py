@@ -12,9 +12,11 @@ import orjson
 from sqlalchemy.exc import SQLAlchemyError
 
 from config.settings import Settings
-from worker.database import explain
+from worker.database import explain, make_engine
+from worker.draining.workshop import load_handlers
 from worker.errors import TailraceError
 from worker.status import read_status
+from worker.verify import verify
 from worker.web.serving import Served
 
 _SECONDS = 6  # a little longer than the listener itself takes to say that it cannot tell
@@ -40,6 +42,28 @@ def ask_status(settings: Settings) -> dict[str, Any]:
         raise NobodyAnswers(f"there is no listener on port {settings.port}, and {explain(error)}") from None
     told["reasons"] = [f"no listener answers on {settings.health_host}:{settings.port}", *told["reasons"]]
     return told
+
+
+def recount(settings: Settings) -> dict[str, Any]:
+    """Count again what the counters say; see worker/verify.py for the shape.
+
+    Raises:
+        ConfigurationError: the handlers do not fit the database.
+        NobodyAnswers: Postgres cannot be asked.
+    """
+    try:
+        return asyncio.run(_recount(settings))
+    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise NobodyAnswers(explain(error)) from None
+
+
+async def _recount(settings: Settings) -> dict[str, Any]:
+    engine = make_engine(settings.database_url.get_secret_value(), name="tailrace verify", size=1)
+    try:
+        handlers, catalogue = await load_handlers(settings, engine, "proven")
+    finally:
+        await engine.dispose()
+    return (await verify(settings, handlers, catalogue)).told()
 
 
 def _of_listener(host: str, port: int) -> dict[str, Any] | None:

@@ -77,17 +77,21 @@ def check(*, as_json: bool) -> int:
     return PROBLEMS if any(found.state == "problem" for found in findings) else FINE
 
 
-def status(*, as_json: bool) -> int:
-    """Show the state; 1 when not ready."""
+def status(*, verify: bool, as_json: bool) -> int:
+    """Show the state; 1 when not ready, or when something is not accounted for."""
     settings = _settings()
-    from worker.cli.asking import NobodyAnswers, ask_status  # noqa: PLC0415 - as above
+    from worker.cli.asking import NobodyAnswers, ask_status, recount  # noqa: PLC0415 - as above
 
     try:
         told = ask_status(settings)
+        if verify:
+            told["verification"] = recount(settings)
     except NobodyAnswers as error:
         printing.show_problem(str(error))
         return PROBLEMS
     printing.show_status(told, as_json=as_json)
+    if verify:
+        return FINE if told["verification"]["ok"] else PROBLEMS
     return FINE if told.get("ready") else PROBLEMS
 
 

@@ -116,8 +116,24 @@ def show_status(told: Mapping[str, Any], *, as_json: bool) -> None:
     for name, counts in told.get("handlers", {}).items():
         table.add_row(Text(name), *(Text(_cell(counts.get(one))) for one in _COUNTS))
     console.print(table)
+    if (found := told.get("verification")) is not None:
+        _show_recount(console, found)
     for word in ("gaps", "workers", "backfills"):
         console.print(Text(f"{word}: {len(told.get(word, ()))}"))
+
+
+def _show_recount(console: Console, found: Mapping[str, Any]) -> None:
+    good = "all accounted for" if found["ok"] else "not accounted for"
+    console.print(Text(f"counted again: {good}", style=_STYLES["ok" if found["ok"] else "problem"]))
+    for line in (*found["problems"], *found["notes"]):
+        console.print(Text(f"  {line}"), soft_wrap=True)
+    if found["log"] is not None:
+        part = f"  log from {found['log']['from']} to {found['log']['to']}: {found['log']['changes']} changes"
+        console.print(Text(part))
+    table = Table("handler", "queued", "unread", "missing", "phantom")
+    for name, counts in found["handlers"].items():
+        table.add_row(Text(name), *(str(count) for count in counts.values()))
+    console.print(table)
 
 
 def _cell(value: object) -> str:

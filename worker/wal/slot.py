@@ -38,6 +38,10 @@ _SLOT: Final = text(
     """
 )
 _CREATE: Final = text("select lsn from pg_catalog.pg_create_logical_replication_slot(:slot, :plugin)")
+_COPY: Final = text("select lsn from pg_catalog.pg_copy_logical_replication_slot(:slot, :copy, false)")
+_CONFIRMED: Final = text(
+    "select confirmed_flush_lsn from pg_catalog.pg_replication_slots where slot_name = :slot"
+)
 # The driver takes and gives an LSN as a number.
 _ADVANCE: Final = text(
     "select end_lsn from pg_catalog.pg_replication_slot_advance(:slot, cast(:lsn as pg_catalog.pg_lsn))"
@@ -230,6 +234,19 @@ async def create_slot(connection: AsyncConnection, name: str) -> int:
     """
     # Its transaction must have written nothing before, and ends at once, so as to hold up no other.
     found = await connection.execute(_CREATE, {"slot": name, "plugin": PLUGIN})
+    lsn = int(found.scalar_one())
+    await connection.commit()
+    return lsn
+
+
+async def copy_slot(connection: AsyncConnection, name: str, copy: str) -> int:
+    """Copy a slot, also one that is being read; returns the LSN from which on the copy gives commits.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: there is no place for one more, or the slot has lost its log.
+    """
+    await connection.execute(_COPY, {"slot": name, "copy": copy})
+    found = await connection.execute(_CONFIRMED, {"slot": copy})
     lsn = int(found.scalar_one())
     await connection.commit()
     return lsn

@@ -1,0 +1,129 @@
+"""Every change is accounted for at any moment, and `status --verify` finds what is not."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from tests.e2e import shop as handlers
+from tests.e2e.test_proven import drop_slot, ready, settled
+from tests.e2e.writing import Writer
+from tests.stack import Project, Servers, project
+
+PARTS = ("filtered", "applied", "held", "parked", "dead", "queued")
+
+
+@pytest.fixture
+async def shop(shared: Servers) -> AsyncIterator[Project]:
+    environment = {"WORKER_DELIVERY": "proven", "WORKER_LANES": "4", "WORKER_LANE_BACKLOG": "200"}
+    async with project(shared, handlers.TABLES, "tests.e2e.shop", **environment) as made:
+        yield made
+        await drop_slot(made)
+
+
+async def status(shop: Project, *options: str) -> tuple[int, dict[str, Any]]:
+    code, output = await shop.run("status", "--json", *options)
+    return code, json.loads(output[output.index("{") :])
+
+
+async def recounted(shop: Project) -> dict[str, Any]:
+    """Verify; whatever goes on, all must be accounted for."""
+    code, told = await status(shop, "--verify")
+    found = told["verification"]
+    assert (code, found["problems"], found["ok"]) == (0, [], True)
+    for name, counts in told["handlers"].items():
+        assert counts["read"] == sum(counts[part] for part in PARTS), name
+    return told
+
+
+async def some_entry(shop: Project, redis: Redis) -> tuple[str, list[Any]]:
+    """Find a lane of the change handler with several entries: its stream, and what it holds."""
+    for key in sorted([key async for key in redis.scan_iter("*:lane:log:*")]):
+        entries = await redis.xrange(key)
+        if len(entries) > 5:
+            return key.decode(), entries
+    raise AssertionError("no lane has entries")
+
+
+async def test_all_is_accounted_for_while_changes_arrive_and_when_they_are_applied(shop: Project) -> None:
+    await ready(shop)
+    await shop.worker()
+    writer = Writer(shop, seed=31)
+    async with asyncio.TaskGroup() as group:
+        writing = group.create_task(writer.write(3_000), name="test: writing")
+        while not writing.done():
+            await recounted(shop)
+    await settled(shop, writer)
+    told = await recounted(shop)
+    assert told["handlers"]["log"]["applied"] == told["handlers"]["log"]["read"] == 3_000
+    assert told["handlers"]["totals"]["applied"] == 3_000
+
+
+async def test_a_backlog_is_counted_and_an_entry_that_vanished_is_named(shop: Project) -> None:
+    await ready(shop)
+    writer = Writer(shop, seed=32)
+    await writer.write(300)
+    redis = Redis.from_url(shop.servers.redis.url)
+    try:
+        while (told := await recounted(shop))["verification"]["handlers"]["log"]["queued"] < 300:
+            pass
+        assert told["verification"]["log"]["changes"] >= 300
+        key, entries = await some_entry(shop, redis)
+        await redis.xdel(key, entries[2][0])
+        code, told = await status(shop, "--verify")
+        found = told["verification"]
+        assert (code, found["ok"], found["handlers"]["log"]["missing"]) == (1, False, 1)
+        assert any("has a hole" in problem for problem in found["problems"])
+        # The worker finds the hole, and the listener reads again.
+        await shop.worker()
+        await settled(shop, writer)
+        await recounted(shop)
+    finally:
+        await redis.aclose()
+
+
+async def test_an_entry_that_is_not_in_the_log_is_named(shop: Project) -> None:
+    await ready(shop)
+    writer = Writer(shop, seed=33)
+    await writer.write(200)
+    redis = Redis.from_url(shop.servers.redis.url)
+    try:
+        while (await recounted(shop))["verification"]["handlers"]["log"]["queued"] < 200:
+            pass
+        key, entries = await some_entry(shop, redis)
+        milliseconds, number = entries[-1][0].decode().split("-")
+        await redis.xadd(key, entries[-1][1], id=f"{milliseconds}-{int(number) + 1}")
+        code, told = await status(shop, "--verify")
+        assert (code, told["verification"]["handlers"]["log"]["phantom"]) == (1, 1)
+    finally:
+        await redis.aclose()
+
+
+async def test_lanes_that_lag_are_parked_and_reading_goes_on(shop: Project) -> None:
+    await ready(shop)
+    writer = Writer(shop, seed=34)
+    await writer.write(2_500)
+    worker = await shop.worker(wait=False)
+    await worker.said("lane is parked")
+    await settled(shop, writer)
+    await recounted(shop)
+
+
+async def test_a_paused_handler_holds_up_no_other(shop: Project) -> None:
+    await ready(shop)
+    await shop.db.execute("update tailrace.handlers set paused = true where name = 'log'")
+    await shop.worker()
+    writer = Writer(shop, seed=35)
+    await writer.write(1_500)
+    await shop.until("select sum(applied)::int from tailrace.lanes where handler = 'totals'", 1_500)
+    await shop.until(
+        "select coalesce(sum(changes), 0)::int from tailrace.held where status = 'parked'", 1_500
+    )
+    told = await recounted(shop)
+    assert (told["handlers"]["log"]["parked"], told["handlers"]["log"]["paused"]) == (1_500, True)
+    await shop.db.execute("update tailrace.handlers set paused = false")
+    await settled(shop, writer)
+    await recounted(shop)
