@@ -76,6 +76,7 @@ def _bytes(value: object) -> object:
 
 
 Modules = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_modules)]
+Sorts = Annotated[tuple[Literal["integrity", "type"], ...], NoDecode, BeforeValidator(_modules)]
 Bytes = Annotated[int, BeforeValidator(_bytes)]
 
 
@@ -181,6 +182,14 @@ class Tunables(BaseSettings):
         allow_inf_nan=False,
         unit="seconds",
         reason="Longest backoff: a person who mends the cause should not wait longer for the next attempt.",
+    )
+    give_up_on: Sorts = _setting(
+        "WORKER_GIVE_UP_ON",
+        default=(),
+        shown="none",
+        unit="comma-separated: `integrity`, `type`",
+        reason="Failures that make a dead letter at once: of constraints (`integrity`), of values that do not"
+        " fit (`type`). Otherwise they are retried, for the row they collide with may go.",
     )
     handler_timeout: float = _setting(
         "WORKER_HANDLER_TIMEOUT",

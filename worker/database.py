@@ -84,6 +84,12 @@ def is_locked(error: BaseException) -> bool:
     return any(getattr(one, "sqlstate", None) == "55P03" for one in _chain(error))
 
 
+def sqlstate_of(error: BaseException) -> str | None:
+    """Give the SQLSTATE of the statement that failed, if one did."""
+    states = (getattr(one, "sqlstate", None) for one in _chain(error))
+    return next((state for state in states if isinstance(state, str)), None)
+
+
 def explain(error: BaseException) -> str:
     """Say in one line why the database cannot be had; never with a password."""
     for one in _chain(error):

@@ -67,6 +67,8 @@ class Handler:
     """Seconds before the second attempt."""
     backoff_max: float | None
     """Seconds."""
+    after: Literal["continue", "halt"] | None
+    """What follows a dead letter: the next change of its key, or nothing until a person has decided."""
     timeout: float | None
     """Seconds one call may take."""
     role: str | None
@@ -121,6 +123,7 @@ _CHECKS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "max_attempts": (_whole, "a whole number from 1 on"),
     "backoff": (_seconds, "a number of seconds from 0 on"),
     "backoff_max": (_seconds, "a number of seconds from 0 on"),
+    "after": (lambda value: value in ("continue", "halt"), '"continue" or "halt"'),
     "timeout": (_positive, "a number of seconds above 0"),
     "role": (_text, "the name of a database role"),
     "claims": (lambda value: isinstance(value, Mapping), "a mapping: the claims of a JWT"),

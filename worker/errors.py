@@ -7,6 +7,7 @@ TailraceError
 ├── MalformedChange         a payload that is no change
 ├── MissingValueError       a handler asked for a value that the change does not carry (a KeyError too)
 ├── SessionMisuse           a handler tried to end or replace the worker's transaction
+├── WorkerDied              a call has ended its worker's process, again and again
 └── Verdict                 what a handler says about its change; not a failure of the worker
     ├── RetryLater          hold the change, call again after so many seconds
     └── GiveUp              never again: dead letter
@@ -59,6 +60,10 @@ class MissingValueError(TailraceError, KeyError):
 
 class SessionMisuse(TailraceError):  # noqa: N818 - says what the handler did
     """A handler tried to commit, roll back, close or begin on the session the worker lent to it."""
+
+
+class WorkerDied(TailraceError):  # noqa: N818 - says what happened
+    """A handler's call has ended the worker's process (a crash, out of memory) so often that it is held."""
 
 
 class Verdict(TailraceError):  # noqa: N818 - a verdict is a statement, not an error

@@ -47,36 +47,37 @@ _DUE = text(
     "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts from tailrace.held h"
     " where handler = :handler and lanes[1] = :lane and status = 'retrying'"
     " and next_attempt_at <= clock_timestamp() and id <> all (cast(:seen as bigint[]))"
-    " and not exists (select from tailrace.held e where e.handler = h.handler and e.status <> 'dead'"
+    " and not exists (select from tailrace.held e where e.handler = h.handler and e.waits"
     "  and e.id < h.id and e.keys && h.keys)"
     " order by id limit :most"
 )
 _KEYS = text(
     "select distinct k from tailrace.held h, unnest(h.keys) k"
-    " where h.handler = :handler and h.status <> 'dead' and h.keys && cast(:keys as text[])"
+    " where h.handler = :handler and h.waits and h.keys && cast(:keys as text[])"
 )
 _INSERT = text(
     "insert into tailrace.held (handler, lanes, keys, lsn, ordinal, source, payload, changes, attempts,"
-    " status, next_attempt_at, error_class, error, traceback, first_failed_at, last_failed_at)"
+    " status, halts, next_attempt_at, error_class, error, traceback, hint, first_failed_at, last_failed_at)"
     " values (:handler, :lanes, :keys, :lsn, :ordinal, :source, :payload, :changes, :attempts, :status,"
-    " clock_timestamp() + make_interval(secs => :delay), :error_class, :error, :traceback,"
-    " case when :attempts > 0 then clock_timestamp() end, case when :attempts > 0 then clock_timestamp() end)"
+    " :halts,"
+    " clock_timestamp() + make_interval(secs => :delay), :error_class, :error, :traceback, :hint,"
+    " case when :failed then clock_timestamp() end, case when :failed then clock_timestamp() end)"
 )
 _FAILED = text(
-    "update tailrace.held set attempts = attempts + 1, status = :status,"
+    "update tailrace.held set attempts = attempts + :attempts, status = :status, halts = :halts,"
     " next_attempt_at = clock_timestamp() + make_interval(secs => :delay), error_class = :error_class,"
-    " error = :error, traceback = :traceback, last_failed_at = clock_timestamp(),"
+    " error = :error, traceback = :traceback, hint = :hint, last_failed_at = clock_timestamp(),"
     " first_failed_at = coalesce(first_failed_at, clock_timestamp()) where id = :id"
 )
 _ABSORB = text(
     "update tailrace.held set changes = changes + :changes where id = (select min(id) from tailrace.held"
-    " where handler = :handler and status <> 'dead' and keys @> array[cast(:key as text)])"
+    " where handler = :handler and waits and keys @> array[cast(:key as text)])"
 )
 _DELETE = text("delete from tailrace.held where id = :id")
 _PROMOTE = text(
     "update tailrace.held set next_attempt_at = clock_timestamp()"
     " where status = 'retrying' and next_attempt_at is null and id in ("
-    "  select (select min(h.id) from tailrace.held h where h.handler = :handler and h.status <> 'dead'"
+    "  select (select min(h.id) from tailrace.held h where h.handler = :handler and h.waits"
     "   and h.keys @> array[k]) from unnest(cast(:keys as text[])) k)"
     " returning lanes[1]"
 )
@@ -85,6 +86,17 @@ _LANES = text(
     " where h.status = 'retrying' and h.next_attempt_at <= clock_timestamp() and state = 'active'"
     " and not paused"
 )
+
+
+_NO_FAILURE = {
+    "attempts": 0,
+    "status": "retrying",
+    "halts": False,
+    "error_class": None,
+    "error": None,
+    "traceback": None,
+    "hint": None,
+}
 
 
 async def due(session: AsyncSession, lane: Lane, seen: Sequence[int]) -> list[HeldRow]:
@@ -123,25 +135,32 @@ async def hold(
         at_once: it waits behind nothing: due now.
     """
     connection = await session.connection()
-    await connection.execute(
-        _INSERT,
-        {
-            "handler": handler,
-            "lanes": list(kept.lanes),
-            "keys": [key.decode() for key in kept.keys],
-            "lsn": kept.position.lsn,
-            "ordinal": kept.position.ordinal,
-            "source": kept.source,
-            "payload": kept.payload,
-            "changes": kept.changes,
-            "attempts": 1 if failure else 0,
-            "status": _status(failure),
-            "delay": failure.delay if failure else 0.0 if at_once else None,
-            "error_class": failure.error_class if failure else None,
-            "error": failure.error if failure else None,
-            "traceback": failure.traceback if failure else None,
-        },
-    )
+    row = {
+        "handler": handler,
+        "lanes": list(kept.lanes),
+        "keys": [key.decode() for key in kept.keys],
+        "lsn": kept.position.lsn,
+        "ordinal": kept.position.ordinal,
+        "source": kept.source,
+        "payload": kept.payload,
+        "changes": kept.changes,
+        "failed": failure is not None,
+    }
+    fate = _NO_FAILURE | {"delay": 0.0 if at_once else None} if failure is None else _told(failure)
+    await connection.execute(_INSERT, row | fate)
+
+
+def _told(failure: Failure) -> dict[str, Any]:
+    return {
+        "attempts": 1 if failure.counts else 0,
+        "status": "dead" if failure.delay is None else "retrying",
+        "halts": failure.halts,
+        "delay": failure.delay,
+        "error_class": failure.error_class,
+        "error": failure.error,
+        "traceback": failure.traceback,
+        "hint": failure.hint,
+    }
 
 
 async def absorb(session: AsyncSession, handler: str, key: bytes, changes: int) -> None:
@@ -153,21 +172,7 @@ async def absorb(session: AsyncSession, handler: str, key: bytes, changes: int) 
 async def failed_again(session: AsyncSession, row: HeldRow, failure: Failure) -> None:
     """Note that a retry failed."""
     connection = await session.connection()
-    await connection.execute(
-        _FAILED,
-        {
-            "id": row.id,
-            "status": _status(failure),
-            "delay": failure.delay,
-            "error_class": failure.error_class,
-            "error": failure.error,
-            "traceback": failure.traceback,
-        },
-    )
-
-
-def _status(failure: Failure | None) -> str:
-    return "dead" if failure is not None and failure.delay is None else "retrying"
+    await connection.execute(_FAILED, {"id": row.id} | _told(failure))
 
 
 async def let_go(session: AsyncSession, row: HeldRow) -> None:

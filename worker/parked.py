@@ -24,7 +24,7 @@ _INSERT_KEYS = text(
     "  select key, changes from unnest(cast(:keys as text[]), cast(:changes as integer[])) g (key, changes)),"
     " first as ("
     "  select key, changes, (select min(h.id) from tailrace.held h where h.handler = :handler"
-    "   and h.status <> 'dead' and h.keys @> array[key]) as id from given),"
+    "   and h.waits and h.keys @> array[key]) as id from given),"
     " absorbed as ("
     "  update tailrace.held h set changes = h.changes + first.changes from first where h.id = first.id)"
     " insert into tailrace.held (handler, lanes, keys, lsn, ordinal, source, payload, changes, status)"
@@ -38,7 +38,7 @@ _FIRST = text(
 )
 _OTHERS = text(
     "select k, min(h.id) from tailrace.held h, unnest(h.keys) k where h.handler = :handler"
-    " and h.status <> 'dead' and (h.status <> 'parked' or h.lanes[1] <> :lane)"
+    " and h.waits and (h.status <> 'parked' or h.lanes[1] <> :lane)"
     " and h.keys && cast(:keys as text[]) group by k"
 )
 _TO_HELD = text(

@@ -27,6 +27,7 @@ class HandlerOptions(TypedDict, total=False):
     max_attempts: int
     backoff: float
     backoff_max: float
+    after: Literal["continue", "halt"]
     timeout: float
     role: str
     claims: Mapping[str, Any]

@@ -1,19 +1,104 @@
-"""What a handler's failure means: whether it counts as an attempt, and how long the change waits.
+"""What a handler's failure means: whether it counts as an attempt, how long the change waits, what to do.
 
-Pure: no clock, no database. Handlers state verdicts (`RetryLater`, `GiveUp`), everything else is classified
-here.
+Pure: no clock, no database. Handlers state verdicts (`RetryLater`, `GiveUp`); everything else is judged by
+one table, from the top.
 """
 
+import enum
 import random
 import traceback
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from worker.database import is_conflict, is_lost
-from worker.errors import GiveUp, RetryLater
+from worker.database import is_conflict, is_lost, sqlstate_of
+from worker.errors import GiveUp, MissingValueError, RetryLater, SessionMisuse, WorkerDied
 
 MOST_TEXT = 8_000
 """Characters of an error or traceback that are kept."""
+
+Sort = Literal["integrity", "type"]
+"""Of failures that WORKER_GIVE_UP_ON may name."""
+
+
+class Answer(enum.Enum):
+    """What follows from a failure."""
+
+    LANE_WAITS = "nobody is to blame: the whole lane waits, and no attempt is used up"
+    LATER = "the handler wants to be called again: no attempt is used up"
+    BACKOFF = "an attempt is used up; the change waits, and after the last one it is a dead letter"
+    NEVER = "it is a dead letter at once"
+
+
+class Rule(NamedTuple):
+    """One line of the table."""
+
+    meets: Callable[[BaseException], bool]
+    answer: Answer
+    hint: str
+    """For the operator."""
+    sort: Sort | None = None
+    """Given up at once where the setting names it."""
+
+
+def _is(*kinds: type[BaseException]) -> Callable[[BaseException], bool]:
+    return lambda error: isinstance(error, kinds)
+
+
+def _state(*classes: str) -> Callable[[BaseException], bool]:
+    return lambda error: (sqlstate_of(error) or "").startswith(classes)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(_is(GiveUp), Answer.NEVER, "The handler gave it up, for the reason it states."),
+    Rule(_is(RetryLater), Answer.LATER, "The handler waits for something: its reason says for what."),
+    Rule(
+        _is(WorkerDied),
+        Answer.NEVER,
+        "Look into the system's log for what ended the worker (out of memory, a crash of a library); redrive"
+        " once it is mended.",
+    ),
+    Rule(is_lost, Answer.LANE_WAITS, "Postgres went away in the midst: nothing to do but bring it back."),
+    Rule(is_conflict, Answer.LANE_WAITS, "Another transaction was in the way: it is tried again at once."),
+    Rule(
+        _is(SessionMisuse),
+        Answer.BACKOFF,
+        "Handlers never commit, roll back or close their session: the worker does, with the position.",
+    ),
+    Rule(
+        _is(MissingValueError),
+        Answer.BACKOFF,
+        "A value is not to be had any more; the handler should look at `change.missing` before it asks.",
+    ),
+    Rule(
+        _is(TimeoutError),
+        Answer.BACKOFF,
+        "The call took longer than its `timeout`: find what it waits for, or raise it.",
+    ),
+    Rule(
+        _state("23"),
+        Answer.BACKOFF,
+        "A constraint of the derived tables refuses it: mend the row it collides with, or the handler.",
+        "integrity",
+    ),
+    Rule(
+        _state("22"),
+        Answer.BACKOFF,
+        "A value does not fit its column: mend the column or the handler.",
+        "type",
+    ),
+    Rule(_is(TypeError), Answer.BACKOFF, "The handler met a value of a type it does not expect.", "type"),
+    Rule(
+        _state("42"),
+        Answer.BACKOFF,
+        "The handler's SQL does not fit the database: run its migrations, or grant what it lacks.",
+    ),
+    Rule(
+        _is(OSError),
+        Answer.BACKOFF,
+        "A call to the outside failed: see whether the other side is up.",
+    ),
+    Rule(_is(BaseException), Answer.BACKOFF, "The handler raised it: see the traceback."),
+)
 
 
 class Backoff(NamedTuple):
@@ -29,6 +114,17 @@ class Backoff(NamedTuple):
         return ceiling * self.draw()
 
 
+class Policy(NamedTuple):
+    """How patient to be with one handler."""
+
+    backoff: Backoff
+    max_attempts: int
+    """The first included."""
+    give_up_on: frozenset[Sort] = frozenset()
+    halts: bool = False
+    """A dead letter holds back its keys until a person has decided."""
+
+
 class Failure(NamedTuple):
     """A failed attempt, as it is kept with the change."""
 
@@ -37,28 +133,39 @@ class Failure(NamedTuple):
     traceback: str
     delay: float | None
     """Seconds until the next attempt; None: never, it is a dead letter."""
+    hint: str = ""
+    counts: bool = True
+    """It has used up an attempt."""
+    halts: bool = False
+    """A dead letter that holds back its keys."""
+
+    @property
+    def holds_back(self) -> bool:
+        """Later changes of its keys wait."""
+        return self.delay is not None or self.halts
 
 
-def classify(error: BaseException, attempts: int, backoff: Backoff) -> Failure | None:
+def classify(error: BaseException, attempts: int, policy: Policy) -> Failure | None:
     """Judge the failure of an attempt.
 
     Args:
         error: what the handler, or the database on its behalf, raised.
         attempts: how many attempts have failed, this one included.
-        backoff: how long to wait.
+        policy: how patient to be.
 
     Returns:
-        The failure to keep; None where nobody is to blame (the database was away, or another transaction was
-        in the way): the whole lane waits, and no attempt is used up.
+        The failure to keep; None where nobody is to blame: the whole lane waits.
     """
-    if is_lost(error) or is_conflict(error):
+    rule = next(rule for rule in RULES if rule.meets(error))
+    if rule.answer is Answer.LANE_WAITS:
         return None
-    delay: float | None = backoff.delay(attempts)
-    if isinstance(error, GiveUp):
+    delay: float | None = policy.backoff.delay(max(1, attempts))
+    if rule.answer is Answer.LATER:
+        delay = delay if getattr(error, "seconds", None) is None else error.seconds  # type: ignore[attr-defined] # of RetryLater
+    elif rule.answer is Answer.NEVER or rule.sort in policy.give_up_on or attempts >= policy.max_attempts:
         delay = None
-    elif isinstance(error, RetryLater) and error.seconds is not None:
-        delay = error.seconds
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     text = "".join(traceback.format_exception(error))
-    return Failure(name, str(error)[:MOST_TEXT], text[-MOST_TEXT:], delay)
+    counts, halts = rule.answer is not Answer.LATER, policy.halts and delay is None
+    return Failure(name, str(error)[:MOST_TEXT], text[-MOST_TEXT:], delay, rule.hint, counts, halts)

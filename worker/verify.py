@@ -47,7 +47,7 @@ _COUNTERS = text(
 )
 _ROWS = text(
     "select l.handler, l.lane from tailrace.lanes l where l.holding <> (select count(*) from tailrace.held h"
-    "  where h.handler = l.handler and h.status <> 'dead' and (l.lane = any(h.lanes)))"
+    "  where h.handler = l.handler and h.waits and (l.lane = any(h.lanes)))"
     " or l.parked <> (select count(*) from tailrace.held h"
     "  where h.handler = l.handler and h.status = 'parked' and h.lanes[1] = l.lane)"
 )

@@ -92,17 +92,24 @@ create table tailrace.held (
   changes         integer not null default 1,
   attempts        integer not null default 0,
   held_at         timestamptz not null default clock_timestamp(),
+  halts           boolean not null default false,
+  waits           boolean not null generated always as (status <> 'dead' or halts) stored,
   next_attempt_at timestamptz,
   error_class     text,
   error           text,
   traceback       text,
+  hint            text,
+  told_at         timestamptz,
   first_failed_at timestamptz,
   last_failed_at  timestamptz
 );
 comment on table tailrace.held is 'changes that wait: for a retry of their own, or behind one of their key';
+comment on column tailrace.held.halts is 'a dead letter that holds back its keys until a person has decided';
+comment on column tailrace.held.waits is 'later changes of its keys wait behind it';
+comment on column tailrace.held.told_at is 'when the hooks for dead letters had been called';
 comment on column tailrace.held.keys is 'lane keys, as JSON arrays of canonical texts';
-create index held_by_handler on tailrace.held (handler, id) where status <> 'dead';
-create index held_by_key on tailrace.held using gin (keys) where status <> 'dead';
+create index held_by_handler on tailrace.held (handler, id) where waits;
+create index held_by_key on tailrace.held using gin (keys) where waits;
 create index held_parked on tailrace.held (handler, (lanes[1]), id) where status = 'parked';
 create index held_due on tailrace.held (next_attempt_at)
   where status = 'retrying' and next_attempt_at is not null;

@@ -251,7 +251,7 @@ def test_annotations_that_cannot_be_resolved_do_not_matter() -> None:
 
 BAD_OPTIONS: list[tuple[Anything, str]] = [
     ({"colums": ["a"]}, "unknown option colums= of @on.update; did you mean columns=?"),
-    ({"by": "a"}, "unknown option by= of @on.update; known: backoff,"),
+    ({"by": "a"}, "unknown option by= of @on.update; known: after,"),
     ({"all_keys": None}, "unknown option all_keys= of @on.update"),
     ({"batch": 0}, "batch= must be a whole number from 1 on, not 0"),
     ({"batch": True}, "batch= must be a whole number"),

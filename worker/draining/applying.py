@@ -173,7 +173,7 @@ class Applying:
         if failure is not None:
             self.tell(turn.lane, failure)
         await held.hold(turn.session, self.handler.name, kept, failure, at_once=at_once)
-        if failure is None or failure.delay is not None:
+        if failure is None or failure.holds_back:
             turn.holds(kept.lanes, 1)
 
     # Calls
@@ -209,7 +209,7 @@ class Applying:
 
     def judge(self, error: BaseException, attempt: int = 1) -> Failure | None:
         """Judge a failure; None where nobody is to blame."""
-        return classify(error, attempt, self._caller.backoff)
+        return classify(error, attempt, self._caller.policy)
 
     def trouble(self, error: Exception) -> CallFailedError | LaneBlockedError:
         """Say how a pass goes on after a failure of a whole batch."""
@@ -278,7 +278,7 @@ class Applying:
         else:
             await held.let_go(session, row)
             turn.progress.applied += kept.changes
-        if failure is None or failure.delay is None:
+        if failure is None or not failure.holds_back:
             turn.holds(kept.lanes, -1)
             turn.progress.wake |= await held.promote(session, self.handler.name, kept.keys)
         return spoiler is not None

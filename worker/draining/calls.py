@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.change import Change, Context
 from worker.registry import Handler
-from worker.retries import Backoff, Failure
+from worker.retries import Failure, Policy
 from worker.sessions import acting_as, handler_session
 
 Item = TypeVar("Item")
@@ -52,11 +52,11 @@ class Caller:
         handler: Handler,
         *,
         timeout: float,
-        backoff: Backoff,
+        policy: Policy,
         context: Callable[[str | None], Context],
     ) -> None:
         self.handler = handler
-        self.backoff = backoff
+        self.policy = policy
         self._timeout = timeout
         self._context = context
 
@@ -187,5 +187,5 @@ class Isolation(Generic[Item]):
 
     def _fail(self, item: Item, failure: Failure) -> None:
         self.outcome.failed.append((item, failure))
-        if failure.delay is not None:
+        if failure.holds_back:
             self.outcome.blocked |= set(self._keys(item))

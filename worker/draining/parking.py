@@ -137,7 +137,7 @@ class Parking:
         self._applying.tell(turn.lane, failure)
         await held.failed_again(turn.session, row, failure)
         turn.progress.parked -= 1
-        if failure.delay is None:
+        if not failure.holds_back:
             turn.holds((turn.lane.number,), -1)
             await self._promote(turn, [row])
 
@@ -176,7 +176,7 @@ class Parking:
                 if failure is None:
                     raise LaneBlockedError from error
                 await self._failed(turn, row, failure)
-                if failure.delay is not None:
+                if failure.holds_back:
                     blocked.update(row.kept.keys)
         await self._to_held(turn, behind, due=False)
         return items

@@ -31,7 +31,7 @@ from worker.errors import ConfigurationError
 from worker.lanes import Lanes
 from worker.queue import connection_pool
 from worker.registry import Handler
-from worker.retries import Backoff
+from worker.retries import Backoff, Policy
 from worker.supabase import SupabaseClients
 from worker.web import health_app, serve
 
@@ -168,7 +168,12 @@ async def _drains(
         caller = Caller(
             handler,
             timeout=handler.timeout or settings.handler_timeout,
-            backoff=backoff,
+            policy=Policy(
+                backoff,
+                handler.max_attempts or settings.max_attempts,
+                frozenset(settings.give_up_on),
+                handler.after == "halt",
+            ),
             context=_contexts(handler, redis, clients),
         )
         drains[handler.name] = Drain(

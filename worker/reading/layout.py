@@ -93,7 +93,7 @@ async def _lanes(connection: AsyncConnection, wanted: int, *, settled: bool) -> 
         return wanted
     if current is not None:
         held = (
-            await connection.execute(text("select exists (select from tailrace.held where status <> 'dead')"))
+            await connection.execute(text("select exists (select from tailrace.held where waits)"))
         ).scalar_one()
         if held or not settled:
             log.warning(

@@ -32,7 +32,7 @@ from worker.queue import connection_pool
 from worker.reading import layout
 from worker.reading.journal import Clock, Journal
 from worker.registry import Handler, Handlers
-from worker.retries import Backoff
+from worker.retries import Backoff, Policy
 from worker.routing import Router
 
 TABLES = """
@@ -120,13 +120,13 @@ class Bench:
 
     # Workers
 
-    def drain(self, name: str, *, batch: int = 500, timeout: float = 5.0) -> Drain:
+    def drain(self, name: str, *, batch: int = 500, timeout: float = 5.0, max_attempts: int = 1_000) -> Drain:
         """Make a drain, as one worker process has it."""
         handler = next(one for one in self.handlers if one.name == name)
         caller = Caller(
             handler,
             timeout=handler.timeout or timeout,
-            backoff=Backoff(3600.0, 3600.0, lambda: 1.0),
+            policy=Policy(Backoff(3600.0, 3600.0, lambda: 1.0), max_attempts, halts=handler.after == "halt"),
             context=lambda key: Context(self.redis, structlog.get_logger(), key, _no_client),
         )
         return Drain(
@@ -197,7 +197,7 @@ class Bench:
         wrong = await self.db.fetch(
             "select l.handler, l.lane from tailrace.lanes l where l.holding <> (select count(*)"
             " from tailrace.held h where h.handler = l.handler and l.lane = any(h.lanes)"
-            " and status <> 'dead') or l.parked <> (select count(*) from tailrace.held h"
+            " and waits) or l.parked <> (select count(*) from tailrace.held h"
             " where h.handler = l.handler and l.lane = h.lanes[1] and status = 'parked')"
         )
         return not wrong

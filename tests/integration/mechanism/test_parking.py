@@ -81,7 +81,7 @@ async def parked(at: Bench, handler: str) -> tuple[int, int]:
 
 async def until_empty(at: Bench, *drains: Drain) -> None:
     await at.settle(*drains)
-    assert await at.count("tailrace.held where status <> 'dead'") == 0
+    assert await at.count("tailrace.held where waits") == 0
     assert await at.holding_is_true()
 
 
