@@ -5,22 +5,27 @@ their handlers recompute from current state, so no order is owed. Survives a res
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import structlog
-from sqlalchemy import Select, String, cast, func, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import Select, String, case, cast, func, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from worker.catalogue import Catalogue, Table, quote
+from worker.catalogue import Catalogue, ColumnInfo, Table, quote
 from worker.registry import Handler
-from worker.values import canonicalizer
+from worker.values import Form, canonicalizer, decoder
+from worker.values.database import is_data_error, printed
+from worker.wal.walsender import TEXT_FORM
 
 log = structlog.get_logger(__name__)
 
 PAGE = 1_000
 QUIET_SECONDS = 2.0
+AGAIN_SECONDS = 60.0
+"""What could not be made is tried again after so long, or when a table was altered."""
 VISIBLE_SECONDS = 60.0
 
 Put = Callable[[Handler, Sequence[bytes]], Awaitable[None]]
@@ -28,7 +33,8 @@ Put = Callable[[Handler, Sequence[bytes]], Awaitable[None]]
 _NEXT = text(
     "update tailrace.backfills set state = 'running' where id = ("
     " select b.id from tailrace.backfills b join tailrace.handlers h on h.name = b.handler"
-    " where b.state <> 'done' and h.state = 'active' order by b.id limit 1)"
+    " where b.state <> 'done' and h.state = 'active' and b.id <> all (cast(:besides as bigint[]))"
+    " order by b.id limit 1)"
     " returning id, handler, schema_name, table_name, phase, cursor"
 )
 _PROGRESS = text(
@@ -58,6 +64,13 @@ class _Asked(NamedTuple):
     cursor: list[str] | None
 
 
+class _Way(NamedTuple):
+    """How a key's column is read."""
+
+    type_name: str
+    form: Form
+
+
 class Backfills:
     """Carries out the backfills that gaps have asked for, one after the other."""
 
@@ -68,7 +81,13 @@ class Backfills:
         catalogue: Catalogue,
         put: Put,
         until_passed: Callable[[Handler], Awaitable[None]],
+        *,
+        form: Form = "json",
     ) -> None:
+        self._form = form
+        self._impossible: dict[int, float] = {}
+        self._told: set[int] = set()
+        self._version = catalogue.version
         self._engine = engine
         self._handlers = {handler.name: handler for handler in handlers}
         self._catalogue = catalogue
@@ -83,13 +102,16 @@ class Backfills:
     async def once(self) -> bool:
         """Carry out the next backfill, if there is one."""
         async with self._engine.begin() as connection:
-            row = (await connection.execute(_NEXT)).one_or_none()
+            row = (await connection.execute(_NEXT, {"besides": self._besides()})).one_or_none()
         if row is None:
             return False
         asked = _Asked(*row)
         handler = self._handlers.get(asked.handler)
         if handler is not None:
-            await self._run(handler, asked)
+            reason = await self._attempt(handler, asked)
+            if reason is not None:
+                self._put_off(asked, reason)
+                return True
             # Not before: what Redis loses until then must be given again.
             await self._until_passed(handler)
         async with self._engine.begin() as connection:
@@ -106,18 +128,48 @@ class Backfills:
             pass
         self._asked.clear()
 
-    async def _run(self, handler: Handler, asked: _Asked) -> None:
+    def _besides(self) -> list[int]:
+        """List what cannot be made now, and must not hold up the others."""
+        if self._version != self._catalogue.version:
+            self._version = self._catalogue.version
+            self._impossible.clear()
+        now = time.monotonic()
+        self._impossible = {id_: until for id_, until in self._impossible.items() if until > now}
+        return list(self._impossible)
+
+    def _put_off(self, asked: _Asked, reason: str) -> None:
+        self._impossible[asked.id] = time.monotonic() + AGAIN_SECONDS
+        if asked.id not in self._told:
+            self._told.add(asked.id)
+            table = f"{asked.schema}.{asked.table}"
+            log.error("backfill cannot be made yet", handler=asked.handler, table=table, reason=reason)
+
+    async def _attempt(self, handler: Handler, asked: _Asked) -> str | None:
+        """Carry out a backfill; returns why it cannot be done, in words, or None."""
         table = self._catalogue.tables.get((asked.schema, asked.table))
+        if table is None:
+            return "there is no such table"
         columns = _key_columns(handler, asked, table)
-        if table is None or not columns or not table.primary_key:
-            return
+        gone = [name for name in columns if name not in table.columns]
+        if gone or not table.primary_key:
+            return f"the table has no column {gone[0]}" if gone else "the table has no primary key"
+        try:
+            await self._run(handler, asked, table, columns)
+        except Exception as error:
+            # Altered while we read: its new shape is known in a moment, and then it is tried again.
+            if not is_data_error(error):
+                raise
+            return f"it could not be read ({type(getattr(error, 'orig', error)).__name__})"
+        return None
+
+    async def _run(self, handler: Handler, asked: _Asked, table: Table, columns: Sequence[str]) -> None:
         log.info("backfill begins", handler=handler.name, table=f"{asked.schema}.{asked.table}")
         await self._until_visible()
         keys = 0
         if asked.phase == "rows":
             keys += await self._rows(handler, asked, table, columns)
         if handler.all_keys is not None:
-            keys += await self._kept(handler, asked, [table.columns[name].value_type for name in columns])
+            keys += await self._kept(handler, asked, [self._of(table.columns[name]) for name in columns])
         log.info("backfill done", handler=handler.name, table=f"{asked.schema}.{asked.table}", keys=keys)
 
     async def _until_visible(self) -> None:
@@ -145,13 +197,17 @@ class Backfills:
             f"cast(cast(:k{n} as text) as {table.columns[name].sql_cast})" for n, name in enumerate(primary)
         )
         selected = [f"{quote(name)}::text" for name in primary]
-        selected += [f"to_jsonb({quote(name)})::text" for name in columns]
+        ways = [self._of(table.columns[name]) for name in columns]
+        selected += [_shown(quote(name), way) for name, way in zip(columns, ways, strict=True)]
         select = f"select {', '.join(selected)} from {table.sql_name}"  # noqa: S608 - quoted identifiers
-        forms = [canonicalizer(table.columns[name].value_type) for name in columns]
+        forms = [canonicalizer(*way) for way in ways]
         cursor, total = asked.cursor, 0
+        if cursor is not None and len(cursor) != len(primary):
+            cursor = None  # of another primary key, before the table was altered
         while True:
             where = f" where ({order}) > ({marks})" if cursor else ""
             async with self._engine.connect() as connection:
+                await _set_form(connection, ways)
                 found = await connection.execute(
                     text(f"{select}{where} order by {order} limit {PAGE}"),
                     {f"k{n}": value for n, value in enumerate(cursor or ())},
@@ -167,16 +223,32 @@ class Backfills:
                 await self._note(asked, None, "kept", 0)
                 return total
 
-    async def _kept(self, handler: Handler, asked: _Asked, types: Sequence[str]) -> int:
+    def _of(self, column: ColumnInfo) -> _Way:
+        """Say in which form a key's column is read: in that in which the source of live changes has it.
+
+        For most types both give one canonical text. Where they do not, a backfill in the other form would
+        make a second key of each value.
+        """
+        differs = self._form == "text" and decoder(column.value_type, "text") is None
+        return _Way(column.value_type, "text" if differs else "json")
+
+    async def _kept(self, handler: Handler, asked: _Asked, ways: Sequence[_Way]) -> int:
         """Give the keys that the handler keeps: those whose rows are all gone are in no source table."""
         select = handler.all_keys() if handler.all_keys is not None else None
         if not isinstance(select, Select):
             return 0
-        forms = [canonicalizer(name) for name in types]
+        forms = [canonicalizer(*way) for way in ways]
         inner = select.subquery("kept")
-        outer: Select[Any] = Select(*(cast(func.to_jsonb(column), String) for column in inner.c))
+        shown = [
+            cast(func.to_jsonb(column), String)
+            if way.form == "json"
+            else case((func.num_nonnulls(column) == 1, func.format("%s", column)))
+            for column, way in zip(inner.c, ways, strict=True)
+        ]
+        outer: Select[Any] = Select(*shown)
         total = 0
         async with self._engine.connect() as connection:
+            await _set_form(connection, ways)
             result = await connection.stream(outer)
             async for page in result.partitions(PAGE):
                 keys = _encode(page, forms)
@@ -193,6 +265,18 @@ class Backfills:
             )
 
 
+def _shown(name: str, way: _Way) -> str:
+    """Give the expression for a column's value in one of the forms."""
+    return f"to_jsonb({name})::text" if way.form == "json" else printed(name)
+
+
+async def _set_form(connection: AsyncConnection, ways: Sequence[_Way]) -> None:
+    """Have Postgres print values as the log prints them."""
+    if any(way.form == "text" for way in ways):
+        settings = [f"set_config('{name}', '{value}', true)" for name, value in TEXT_FORM.items()]
+        await connection.execute(text(f"select {', '.join(settings)}"))
+
+
 def _key_columns(handler: Handler, asked: _Asked, table: Table | None) -> tuple[str, ...]:
     for one in handler.subscriptions:
         if (one.schema, one.table) == (asked.schema, asked.table):
@@ -201,7 +285,7 @@ def _key_columns(handler: Handler, asked: _Asked, table: Table | None) -> tuple[
 
 
 def _encode(rows: Sequence[Sequence[str | None]], forms: Sequence[Any]) -> list[bytes]:
-    """Make lane keys of rows of JSON texts, each once; NULLs belong to no key."""
+    """Make lane keys of rows of values as they were read, each once; NULLs belong to no key."""
     keys: dict[bytes, None] = {}
     for row in rows:
         texts = [

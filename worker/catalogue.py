@@ -1,18 +1,21 @@
 """What Postgres's catalogue says of the tables that handlers name: columns, keys, replica identity.
 
-A picture of one moment. Changes are older or newer than it, so decoding takes types from the payload and only
-asks here for what the payload cannot say. Nothing here writes.
+A picture of one moment, taken again when the tables have changed (see schema_watch.py). Changes are older or
+newer than it, so decoding takes types from the payload and only asks here for what the payload cannot say.
+Nothing here writes.
 """
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 Identity = Literal["default", "full", "index", "nothing"]
+KEPT: Final = 4
+"""Earlier pictures of a table that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class ColumnInfo:
         value: the type that values have on the wire: the base type of a domain, "text" for an enum,
             "_text" for an array of enums; empty where that is `type` itself.
         cast: name of the type for a cast, quoted and with its schema, whatever the search path.
+        type_oid: pg_type.oid of the type; 0 where nobody asked.
     """
 
     name: str
@@ -39,6 +43,7 @@ class ColumnInfo:
     generated: bool = False
     value: str = ""
     cast: str = ""
+    type_oid: int = 0
 
     @property
     def value_type(self) -> str:
@@ -83,12 +88,35 @@ class Table:
         return f"{quote(self.schema)}.{quote(self.name)}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Catalogue:
-    """The tables that exist of those asked for, by (schema, name), and whether the publication exists."""
+    """The tables that exist of those asked for, by (schema, name), and whether the publication exists.
+
+    `renew` takes another picture; what tables looked like before is kept for changes from before.
+    """
 
     tables: Mapping[tuple[str, str], Table]
     publication_exists: bool
+    version: int = field(default=0, compare=False)
+    """Goes up when a renewal has found something changed."""
+    _earlier: dict[tuple[str, str], tuple[Table, ...]] = field(default_factory=dict, compare=False)
+
+    def renew(self, now: "Catalogue") -> bool:
+        """Take what another look has found; returns whether anything is different."""
+        if self == now:
+            return False
+        for name, table in self.tables.items():
+            if now.tables.get(name) != table:
+                self._earlier[name] = (table, *self._earlier.get(name, ()))[:KEPT]
+        self.tables, self.publication_exists = now.tables, now.publication_exists
+        self.version += 1
+        return True
+
+    def known(self, name: tuple[str, str]) -> tuple[Table, ...]:
+        """Give what a table looks like and what it looked like before, newest first."""
+        now = self.tables.get(name)
+        earlier = self._earlier.get(name, ())
+        return earlier if now is None else (now, *earlier)
 
 
 def quote(identifier: str) -> str:
@@ -137,7 +165,8 @@ _COLUMNS: Final = text(
     """
     select a.attrelid, a.attname, t.typname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.atttypmod,
            a.attnotnull, a.attgenerated <> '', coalesce(b.value, ''),
-           pg_catalog.quote_ident(tn.nspname) || '.' || pg_catalog.quote_ident(t.typname)
+           pg_catalog.quote_ident(tn.nspname) || '.' || pg_catalog.quote_ident(t.typname),
+           t.oid::int8
     from pg_catalog.pg_attribute a
     join pg_catalog.pg_type t on t.oid = a.atttypid
     join pg_catalog.pg_namespace tn on tn.oid = t.typnamespace
@@ -160,6 +189,33 @@ _COLUMNS: Final = text(
     order by a.attrelid, a.attnum
     """
 )
+
+# One number for all that a picture shows of the tables: to find out cheaply whether another one is due.
+_SIGNATURE: Final = text(
+    """
+    select coalesce(sum(pg_catalog.hashtextextended(pg_catalog.concat_ws(' ',
+        n.nspname, c.relname, c.oid, c.relreplident, c.relrowsecurity,
+        (select string_agg(pg_catalog.concat_ws(' ', a.attnum, a.attname, a.atttypid, a.atttypmod,
+                a.attnotnull, a.attgenerated, t.typname, t.typnamespace, t.typbasetype), ','
+                order by a.attnum)
+         from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid
+         where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped),
+        (select string_agg(pg_catalog.concat_ws(' ', i.indkey, i.indnkeyatts, i.indisprimary,
+                i.indisreplident), ',' order by i.indexrelid)
+         from pg_catalog.pg_index i where i.indrelid = c.oid and (i.indisprimary or i.indisreplident))
+    ), 0)::numeric), 0)::text
+    from unnest(cast(:schemas as name[]), cast(:names as name[])) as w (nspname, relname)
+    join pg_catalog.pg_namespace n on n.nspname = w.nspname
+    join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = w.relname and c.relkind in ('r', 'p')
+    """
+)
+
+
+async def read_signature(connection: AsyncConnection, tables: Iterable[tuple[str, str]]) -> str:
+    """Give a text that is another one when any of the tables, which may not exist, was altered."""
+    wanted = list(dict.fromkeys(tables))
+    parameters = {"schemas": [schema for schema, _ in wanted], "names": [name for _, name in wanted]}
+    return str((await connection.execute(_SIGNATURE, parameters)).scalar_one())
 
 
 async def read_catalogue(

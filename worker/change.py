@@ -65,10 +65,19 @@ Position.ZERO = Position(0, 0)
 
 
 class Column(msgspec.Struct, frozen=True):
-    """A column as a payload lists it: its name, and pg_type.typname of its type ("_int4" for an array)."""
+    """A column as a payload lists it.
+
+    Attributes:
+        name: its name at that time.
+        type: pg_type.typname of its type, as in "_int4" for an array.
+        type_oid: pg_type.oid of a type that is not built in, which outlives its name; 0 where nobody says.
+        key: the log says that it is the primary key.
+    """
 
     name: str
     type: str
+    type_oid: int = 0
+    key: bool = False
 
 
 class _Payload(msgspec.Struct, frozen=True):
@@ -104,7 +113,16 @@ def _columns(raw: msgspec.Raw) -> tuple[Column, ...]:
     return known
 
 
-_log_column_list: Final = msgspec.msgpack.Decoder(list[tuple[str, str]]).decode
+class _LogColumn(msgspec.Struct, frozen=True, array_like=True):
+    """A `Column` in a `LogChange`, without what says nothing."""
+
+    name: str
+    type: str
+    type_oid: int = 0
+    key: bool = False
+
+
+_log_column_list: Final = msgspec.msgpack.Decoder(list[_LogColumn]).decode
 _known_log_columns: Final[dict[bytes, tuple[tuple[Column, ...], tuple[str, ...]]]] = {}
 
 
@@ -112,14 +130,19 @@ def _log_columns(raw: bytes) -> tuple[tuple[Column, ...], tuple[str, ...]]:
     """Read a list of columns of the log; gives them, and their names alone."""
     if len(_known_log_columns) >= _KNOWN_COLUMNS_LIMIT:
         _known_log_columns.clear()
-    columns = tuple([Column(name, type_name) for name, type_name in _log_column_list(raw)])
+    columns = tuple([Column(one.name, one.type, one.type_oid, one.key) for one in _log_column_list(raw)])
     known = _known_log_columns[raw] = (columns, tuple([column.name for column in columns]))
     return known
 
 
-def encode_columns(columns: Sequence[tuple[str, str]]) -> bytes:
-    """Write a list of (name, pg_type.typname) for a `LogChange`; once for each table."""
-    return msgspec.msgpack.encode(list(columns))
+def encode_columns(columns: Sequence[Column]) -> bytes:
+    """Write a list of columns for a `LogChange`; once for each table."""
+    written: list[tuple[object, ...]] = []
+    for one in columns:
+        row = (one.name, one.type, one.type_oid, one.key)
+        # It is part of every entry: what most columns have not is left out.
+        written.append(row if one.key else row[:3] if one.type_oid else row[:2])
+    return msgspec.msgpack.encode(written)
 
 
 # A value of the write-ahead log: Postgres's text, None for NULL, False for what the log does not carry.
@@ -142,6 +165,7 @@ class LogChange(msgspec.Struct, frozen=True, array_like=True):
         xid: the transaction, 32 bits.
         lsn: of the commit.
         ordinal: within the transaction.
+        table_oid: pg_class.oid of the table, which outlives its name; 0 where it was written before this was.
     """
 
     schema: str
@@ -154,6 +178,7 @@ class LogChange(msgspec.Struct, frozen=True, array_like=True):
     xid: int
     lsn: int
     ordinal: int
+    table_oid: int = 0
 
 
 _log_decode: Final = msgspec.msgpack.Decoder(LogChange).decode
@@ -197,6 +222,7 @@ class RawChange(msgspec.Struct, frozen=True):
         payload: what goes into a lane; `decode` makes the same change of it again.
         xid: transaction that wrote it, 32 bits, without its epoch; None where the source does not say.
         position: where it stands in the log; None where the source does not say.
+        table_oid: pg_class.oid of the table; 0 where the source does not say.
     """
 
     source: RawSource
@@ -211,6 +237,7 @@ class RawChange(msgspec.Struct, frozen=True):
     payload: bytes
     xid: int | None = None
     position: Position | None = None
+    table_oid: int = 0
 
     @classmethod
     def of_log(cls, log: LogChange, payload: bytes | None = None) -> "RawChange":
@@ -229,6 +256,7 @@ class RawChange(msgspec.Struct, frozen=True):
             _log_encode(log) if payload is None else payload,
             log.xid,
             Position(log.lsn, log.ordinal),
+            log.table_oid,
         )
 
     @classmethod

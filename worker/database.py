@@ -5,6 +5,7 @@ It decides how connections are made and what is worth waiting for. It holds no S
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,17 @@ def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
         pool_use_lifo=True,
         hide_parameters=True,  # row values must not reach a log by way of an error message
     )
+
+
+def forget_statements(engine: AsyncEngine) -> None:
+    """Have every connection of the engine prepare its statements anew.
+
+    A prepared statement keeps the types of its parameters after a column's type was altered: until then each
+    call of it would fail, on each connection that knows it. The dialect notices that only for what statements
+    give back (`cached plan must not change result type`); what it then does is done here.
+    """
+    dialect: Any = engine.sync_engine.dialect
+    dialect._invalidate_schema_cache_asof = time.time()  # noqa: SLF001 - see above
 
 
 def is_away(error: BaseException) -> bool:

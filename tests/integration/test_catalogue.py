@@ -61,7 +61,13 @@ async def test_reads_columns_in_table_order_without_dropped_ones(connection: Asy
     assert (total.generated, total.not_null) == (False, True)
     assert (twice.generated, twice.not_null) == (True, False)
     assert note == ColumnInfo(
-        "note", "varchar", "character varying(20)", 24, value="varchar", cast='pg_catalog."varchar"'
+        "note",
+        "varchar",
+        "character varying(20)",
+        24,
+        value="varchar",
+        cast='pg_catalog."varchar"',
+        type_oid=1043,
     )
 
 

@@ -73,7 +73,7 @@ def change(table: Table, type_: str, record: str | None, old: str | None = None,
 async def build(engine: AsyncEngine, table: Table, *raws: RawChange) -> list[Change]:
     entries = [(Position(1, place), raw, 1) for place, raw in enumerate(raws)]
     async with AsyncSession(engine) as session, session.begin():
-        changes = await build_changes(session, table, entries)
+        changes = await build_changes(session, [table], entries)
         # Whatever failed inside, the transaction goes on.
         assert (await (await session.connection()).exec_driver_sql("select 1")).scalar_one() == 1
     return changes
@@ -175,7 +175,7 @@ async def test_a_plain_table_needs_no_statement(engine: AsyncEngine) -> None:
     # A session that is closed to statements: any would raise.
     session = AsyncSession(engine)
     session.sync_session.bind = None
-    (built,) = await build_changes(session, table, [(Position(7, 1), raw, 3)])
+    (built,) = await build_changes(session, [table], [(Position(7, 1), raw, 3)])
     assert built.record is not None
     assert built.record["at"].isoformat() == "2024-01-02T05:04:05.500000+00:00"
     assert (built.position, built.attempt, built.key, built.source) == ((7, 1), 3, (1,), "realtime")
@@ -276,7 +276,7 @@ async def test_a_missing_grant_is_an_error_for_the_operator(engine: AsyncEngine,
         await (await session.connection()).exec_driver_sql("set local role nobody")
         with pytest.raises(DBAPIError, match="permission denied"):
             await build_changes(
-                session, goods, [(Position(1, 1), change(goods, "UPDATE", '{"id": 1}', "{}"), 1)]
+                session, [goods], [(Position(1, 1), change(goods, "UPDATE", '{"id": 1}', "{}"), 1)]
             )
 
 

@@ -292,7 +292,7 @@ async def test_decodes_what_asyncpg_reads(bench: Bench, kind: Kind, data: st.Dat
         for place, row in enumerate(rows)
     ]
     async with AsyncSession(bench.engine) as session, session.begin():
-        changes = await build_changes(session, table, entries)
+        changes = await build_changes(session, [table], entries)
     for change, row in zip(changes, rows, strict=True):
         assert change.record is not None
         assert same(change.record["value"], row.value), (row.wire, change.record["value"], row.value)

@@ -328,7 +328,7 @@ def test_types_are_asked_for_before_they_are_needed() -> None:
     batch = reading.take()
     assert batch is not None
     ((_, change),) = batch.changes
-    assert change.columns == (Column("id", "int4"), Column("note", "text"), Column("doc", "jsonb"))
+    assert change.columns == (Column("id", "int4", key=True), Column("note", "text"), Column("doc", "jsonb"))
 
 
 rows = st.none() | st.lists(values, min_size=3, max_size=3)
@@ -346,13 +346,18 @@ rows = st.none() | st.lists(values, min_size=3, max_size=3)
 def test_a_change_of_the_log_survives_its_lane(
     change_type: Any, record: Any, old: Any, committed: int, xid: int, lsn: int, ordinal: int
 ) -> None:
-    columns = encode_columns([("id", "int4"), ("näme", "text"), ("doc", "_jsonb")])
+    columns = encode_columns(
+        [Column("id", "int4", key=True), Column("näme", "text"), Column("doc", "_feelings", 16_400)]
+    )
     written = RawChange.of_log(
-        LogChange("public", "orders", change_type, columns, record, old, committed, xid, lsn, ordinal)
+        LogChange("public", "orders", change_type, columns, record, old, committed, xid, lsn, ordinal, 16_500)
     )
     read = RawChange.decode("wal", written.payload)
     assert read == written
     assert read.columns is written.columns
+    assert read.columns[0].key
+    assert [column.type_oid for column in read.columns] == [0, 0, 16_400]
+    assert read.table_oid == 16_500
     assert read.position == (lsn, ordinal)
     if record is not None:
         assert read.record == {
@@ -384,7 +389,7 @@ def test_a_damaged_payload_of_the_log_is_refused(payload: bytes) -> None:
 
 
 def test_a_payload_with_too_few_values_is_refused() -> None:
-    columns = encode_columns([("id", "int4")])
+    columns = encode_columns([Column("id", "int4")])
     empty = RawChange.of_log(LogChange("s", "t", "INSERT", encode_columns([]), [], None, 0, 1, 1, 0)).payload
     damaged = empty.replace(b"\xc4\x01" + encode_columns([]), b"\xc4" + bytes([len(columns)]) + columns)
     assert damaged != empty

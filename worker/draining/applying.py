@@ -65,6 +65,8 @@ class Applying:
             LaneBlockedError: roll back, and wait.
         """
         turn.progress.latest_at = batch[-1].entry.at
+        if turn.careful:
+            await self.decoder.doubt(turn.session)
         waiting = turn.row.holding + turn.progress.holding[turn.lane.number]
         blocked: set[bytes] = set()
         if waiting > 0 or len(batch[0].entry.lanes) > 1:

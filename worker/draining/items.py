@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from worker.catalogue import Catalogue, Table
-from worker.change import Change, Position, RawChange, RawSource
+from worker.catalogue import Table
+from worker.change import Change, Column, Position, RawChange, RawSource
 from worker.errors import MalformedChange
 from worker.held import HeldRow
 from worker.lanes import Read
 from worker.registry import Handler
 from worker.rows.repair import build_changes
+from worker.schema_watch import SchemaWatch
+from worker.schemas import fits
 from worker.values import from_canonical
 
 _SOURCES: Mapping[str, RawSource] = {"realtime": "realtime", "wal": "wal"}
@@ -42,23 +44,43 @@ class Item(NamedTuple):
 class Decoder:
     """Decodes for one handler."""
 
-    def __init__(self, handler: Handler, catalogue: Catalogue) -> None:
-        self._tables = catalogue.tables
+    def __init__(self, handler: Handler, watch: SchemaWatch) -> None:
+        self._watch = watch
+        self._catalogue = watch.catalogue
+        self._handler = handler
         self._types: tuple[str, ...] = ()
-        if handler.kind == "derive":
-            first = handler.subscriptions[0]
-            table = self._tables[first.schema, first.table]
-            columns = first.lane_key or table.primary_key
-            self._types = tuple(table.columns[name].value_type for name in columns)
+        self._version = -1
+        self._judged: dict[tuple[str, str], tuple[Column, ...]] = {}
+
+    async def doubt(self, session: AsyncSession) -> None:
+        """See whether a table was altered: something has failed, and that may be why."""
+        await self._watch.doubt(await session.connection())
 
     def key(self, key: bytes) -> Any:  # noqa: ANN401 - a value of whatever type the column has
-        """Give a derive key its type."""
+        """Give a derive key its type, which is that of today: the handler computes from today's rows.
+
+        Raises:
+            MalformedChange: the table does not have these columns any more.
+        """
+        if self._version != self._catalogue.version:
+            self._types, self._version = self._key_types(), self._catalogue.version
         texts: list[str | None] = msgspec.json.decode(key)
+        if len(texts) != len(self._types):
+            raise MalformedChange("a key of other columns than those by which the handler computes today")
         values = [
             None if text is None else from_canonical(text, type_)
             for text, type_ in zip(texts, self._types, strict=True)
         ]
         return values[0] if len(values) == 1 else tuple(values)
+
+    def _key_types(self) -> tuple[str, ...]:
+        """Give the types of the key's columns: as they are, or as they were before a table was altered."""
+        for one in self._handler.subscriptions:
+            for table in self._catalogue.known((one.schema, one.table)):
+                columns = one.lane_key or table.primary_key
+                if columns and table.columns.keys() >= set(columns):
+                    return tuple(table.columns[name].value_type for name in columns)
+        return ()
 
     async def changes(self, session: AsyncSession, reads: Sequence[Read]) -> list[Item]:
         """Decode and repair changes, keeping their order."""
@@ -82,7 +104,8 @@ class Decoder:
             by_table.setdefault((one[1].schema, one[1].table), []).append(one)
         built: dict[Position, Change] = {}
         for name, entries in by_table.items():
-            for change in await build_changes(session, self._table(name), entries):
+            tables = await self._tables(session, name, entries)
+            for change in await build_changes(session, tables, entries):
                 built[change.position] = change
         return built
 
@@ -90,11 +113,25 @@ class Decoder:
         """Decode a held change for its next attempt."""
         return (await self.parked(session, [row]))[0]
 
-    def _table(self, name: tuple[str, str]) -> Table:
-        table = self._tables.get(name)
-        if table is None:
+    async def _tables(
+        self, session: AsyncSession, name: tuple[str, str], entries: Sequence[tuple[Position, RawChange, int]]
+    ) -> tuple[Table, ...]:
+        """Give the pictures of a table, newest first, none of them older than the changes.
+
+        What a change lists may be newer than the catalogue. Its transaction is visible, or it would not be
+        here: so is what altered the table before it.
+        """
+        for _, raw, _ in entries:
+            if raw.columns is self._judged.get(name):
+                continue
+            known = self._catalogue.tables.get(name)
+            if known is None or not fits(known, raw.columns):
+                await self._watch.read(await session.connection())
+            self._judged[name] = raw.columns
+        tables = self._catalogue.known(name)
+        if not tables:
             raise MalformedChange(f"a change of {name[0]}.{name[1]}, to which no handler subscribes any more")
-        return table
+        return tables
 
 
 def _item(row: HeldRow, change: Change) -> Item:

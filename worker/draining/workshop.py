@@ -32,6 +32,7 @@ from worker.lanes import Lanes
 from worker.queue import connection_pool
 from worker.registry import Handler
 from worker.retries import Backoff, Policy
+from worker.schema_watch import SchemaWatch
 from worker.supabase import SupabaseClients
 from worker.web import health_app, serve
 
@@ -64,8 +65,14 @@ class Workshop:
     """An open worker: its drains, and the tasks that keep them going."""
 
     def __init__(
-        self, settings: Settings, engine: AsyncEngine, draining: Draining, handlers: Sequence[Handler]
+        self,
+        settings: Settings,
+        engine: AsyncEngine,
+        draining: Draining,
+        handlers: Sequence[Handler],
+        watch: SchemaWatch,
     ) -> None:
+        self._watch = watch
         self._settings = settings
         self._engine = engine
         self.draining = draining
@@ -89,15 +96,17 @@ class Workshop:
             await wait_until_up(engine)
             # Which delivery it is, and what that demands of the tables, is the listener's to judge.
             handlers, catalogue = await load_handlers(settings, engine, "proven")
+            tables = {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
+            watch = SchemaWatch(engine, catalogue, settings.publication, tables)
             draining = Draining(
                 name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
                 engine=engine,
                 lanes=Lanes(redis, settings.queue),
-                drains=await _drains(settings, engine, redis, handlers, catalogue, clients),
+                drains=await _drains(settings, engine, redis, handlers, watch, clients),
                 enqueue=enqueue,
                 at_once=AT_ONCE,
             )
-            yield cls(settings, engine, draining, handlers)
+            yield cls(settings, engine, draining, handlers, watch)
             await draining.leave()
         finally:
             await clients.close()
@@ -110,6 +119,7 @@ class Workshop:
             (self.draining.live(), "worker: live"),
             (self.draining.listen(), "worker: bells"),
             (self.draining.sweep(), "worker: sweep"),
+            (self._watch.keep(), "worker: schema"),
         ]
         if self._settings.health_port is not None:
             tasks.append((self._serve_health(self._settings.health_port), "worker: health"))
@@ -152,7 +162,7 @@ async def _drains(
     engine: AsyncEngine,
     redis: Redis,
     handlers: Sequence[Handler],
-    catalogue: Catalogue,
+    watch: SchemaWatch,
     clients: SupabaseClients,
 ) -> dict[str, Drain]:
     async with engine.connect() as connection:
@@ -180,7 +190,7 @@ async def _drains(
             engine=engine,
             lanes=lanes,
             caller=caller,
-            decoder=Decoder(handler, catalogue),
+            decoder=Decoder(handler, watch),
             limits=limits,
             batch=settings.batch,
         )

@@ -18,6 +18,7 @@ from worker.catalogue import Catalogue
 from worker.database import explain, is_away
 from worker.lanes import Lane, Lanes, LeaseLostError
 from worker.reading.journal import Journal
+from worker.reading.schema import Schema
 from worker.registry import Handler
 from worker.source import Gap, RereadError, SourceHealth
 
@@ -45,10 +46,14 @@ class Ground:
     """Is told why Postgres cannot be used, or None."""
     tables: tuple[tuple[str, str], ...] = field(init=False)
     """All tables of the handlers, as (schema, table)."""
+    schema: Schema = field(init=False)
 
     def __post_init__(self) -> None:
         tables = {(one.schema, one.table) for handler in self.handlers for one in handler.subscriptions}
         object.__setattr__(self, "tables", tuple(sorted(tables)))
+        publication = self.settings.publication
+        schema = Schema(self.engine, self.handlers, self.catalogue, publication, self.record)
+        object.__setattr__(self, "schema", schema)
 
     async def in_redis(self, step: Callable[[], Awaitable[T]]) -> T:
         """Do a step in Redis, waiting for Redis as long as it takes."""

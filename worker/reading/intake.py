@@ -22,7 +22,7 @@ from worker.reading.ground import CANARY, Ground
 from worker.reading.journal import Journal
 from worker.reading.lagging import Bounds, to_park
 from worker.registry import Handler
-from worker.routing import Router
+from worker.routing import Router, Routes
 from worker.source import Gap
 
 log = structlog.get_logger(__name__)
@@ -47,6 +47,10 @@ class Intake:
         self._journal = journal
         self._token = token
         self._router = Router(ground.handlers, ground.catalogue, lanes)
+        self.is_strange = self._router.is_strange
+        """Whether `acquaint` comes before `take`: a question asked of every change."""
+        self._said: dict[tuple[str, tuple[str, str]], str] = {}
+        self._said_at = ground.catalogue.version
         settings = ground.settings
         self._bounds = Bounds(
             settings.max_backlog, settings.max_backlog_bytes, settings.lane_backlog, len(ground.handlers)
@@ -57,6 +61,12 @@ class Intake:
         self._bytes = 0
         self.filtered: Counter[str] = Counter()
         """Not yet noted in Postgres."""
+
+    async def acquaint(self, raw: RawChange) -> None:
+        """Have the catalogue read again for a change that was written under a schema it does not show."""
+        await self._journal.flush()
+        await self._ground.in_postgres(lambda: self._ground.schema.read_after(raw.xid))
+        self._router.acquaint(raw)
 
     def take(self, raw: RawChange, at: float) -> int:
         """Take in a change; returns for how many handlers it was written down.
@@ -73,34 +83,34 @@ class Intake:
                 unroutable.append((one.handler, "TRUNCATE"))
                 matched.remove(one)
         if raw.position is None or raw.position > self._noted:
-            self._note(raw, routes.filtered, unroutable)
+            self._note(raw, routes)
         if matched:
             self._journal.add(raw, matched, at)
             self._changes += len(matched)
             self._bytes += len(raw.payload) * len(matched)
         return len(matched)
 
-    def _note(
-        self, raw: RawChange, filtered: Sequence[Handler], unroutable: Sequence[tuple[Handler, str]]
-    ) -> None:
+    def _note(self, raw: RawChange, routes: Routes) -> None:
         """Note what has no entry in any lane."""
         self._taken = raw.position or self._taken
-        for handler in filtered:
+        for handler in routes.filtered:
             self.filtered[handler.name] += 1
-        for handler, reason in unroutable:
-            self._cannot_route(raw, handler, reason)
+        table = routes.followed_as or (raw.schema, raw.table)
+        for handler, reason in routes.unroutable:
+            self._cannot_route(table, handler, reason)
 
-    def _cannot_route(self, raw: RawChange, handler: Handler, reason: str) -> None:
+    def _cannot_route(self, table: tuple[str, str], handler: Handler, reason: str) -> None:
         """Owe a gap for what a handler cannot be given; one for each handler, table and tick."""
         now = datetime.now(UTC)
-        table = (raw.schema, raw.table)
         since, cause = now, f"a change could not be routed to {handler.name}: {reason}"
         if (handler.name, table) in self._owed:
             since = self._owed[handler.name, table].since or now
-        else:
-            name = f"{raw.schema}.{raw.table}"
-            log.error("change cannot be routed", handler=handler.name, table=name, reason=reason)
         self._owed[handler.name, table] = Gap(since, now, cause, (table,))
+        if self._said_at != self._ground.catalogue.version:
+            self._said, self._said_at = {}, self._ground.catalogue.version
+        if self._said.get((handler.name, table)) != reason:  # once, however many changes and ticks
+            self._said[handler.name, table] = reason
+            log.error("change cannot be routed", handler=handler.name, table=".".join(table), reason=reason)
 
     async def pay(self) -> None:
         """Record the gaps that are owed and what was filtered, and up to where that is.
@@ -115,17 +125,15 @@ class Intake:
             at = {"token": self._token, "lsn": taken.lsn, "ordinal": taken.ordinal}
             if (await connection.execute(_NOTE, at)).one_or_none() is None:
                 raise LeaseLostError("another listener has taken over")
-            for gap in owed.values():
-                await gaps.record(
-                    connection, cause=gap.cause, tables=gap.tables, since=gap.since, until=gap.until
-                )
+            new = [gap for gap in owed.values() if await gaps.widen(connection, gap)]
             for handler, count in sorted(counts.items()):
                 await connection.execute(_FILTERED, {"name": handler, "count": count})
         self._noted = taken
         self.filtered -= counts
-        for name, gap in owed.items():
+        for gap in new:
             tables = [f"{schema}.{table}" for schema, table in gap.tables]
             log.warning("gap", cause=gap.cause, tables=tables)
+        for name, gap in owed.items():
             if self._owed.get(name) is gap:  # one that has grown meanwhile is owed again
                 del self._owed[name]
 

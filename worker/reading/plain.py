@@ -188,6 +188,8 @@ class PlainReading:
                         await journal.flush()
                         await self._ground.record(one)
                         continue
+                    if intake.is_strange(one):
+                        await intake.acquaint(one)
                     staged += intake.take(one, at)
                     if staged >= FLUSH:
                         await journal.flush()
@@ -200,6 +202,7 @@ class PlainReading:
 
     async def tick(self) -> None:
         """Pay what is owed: gaps, counters, and the gap from before the start."""
+        await self._ground.schema.look()
         await self._intake.pay()
         await self._intake.look_after()
         since = self._source.subscribed_since

@@ -27,7 +27,7 @@ from worker.reading.slot_rule import slot_target
 from worker.realtime import RealtimeSource
 from worker.source import Gap, RereadError, SourceHealth
 from worker.wal.failures import SlotLostError, SlotMissingError, WalError
-from worker.wal.publication import Fingerprint, interrupted, read_fingerprint
+from worker.wal.publication import Fingerprint, interrupted, read_fingerprint, returned
 from worker.wal.reader import Reader, Transport, choose_transport, open_reader
 from worker.wal.slot import (
     Judgement,
@@ -200,6 +200,7 @@ class ProvenReading:
             ground.catalogue,
             self._intake.put_keys,
             self.journal.until_passed,
+            form="text",
         )
 
     async def _gaps_of_start(
@@ -249,6 +250,8 @@ class ProvenReading:
                         self._note(raw.commit_timestamp)
                         if (raw.schema, raw.table) != CANARY:
                             self._busy = True
+                            if intake.is_strange(raw):
+                                await intake.acquaint(raw)
                             staged += intake.take(raw, at)
                         if staged >= FLUSH:
                             await journal.flush()
@@ -280,6 +283,7 @@ class ProvenReading:
         ground, settings = self._ground, self._ground.settings
         # Before what is owed is paid: the slot must pass no change whose gap is not recorded yet.
         read_to = self._read_to
+        await ground.schema.look()
         await self._intake.pay()
         await self._intake.look_after()
         async with ground.engine.connect() as connection:
@@ -311,6 +315,12 @@ class ProvenReading:
         if changed:
             now = datetime.now(UTC)
             await self._ground.record(Gap(None, now, "the publication was changed", tuple(changed)))
+            self._backfills.ask()
+        back = returned(self._published, published, ours)
+        if back:
+            await self._ground.schema.look()  # the table may be another one by now
+            cause = "the table was not in the publication for a while"
+            await self._ground.record(Gap(None, datetime.now(UTC), cause, back))
             self._backfills.ask()
         if published != self._published:
             async with self._ground.engine.begin() as connection:

@@ -38,13 +38,15 @@ _NO_KEY: Final = "the source left it out, and the primary key by which to read i
 _DROPPED: Final = "the source left it out, and the column no longer exists"
 
 
-async def build_changes(session: AsyncSession, table: Table, entries: Sequence[Entry]) -> list[Change]:
+async def build_changes(
+    session: AsyncSession, tables: Sequence[Table], entries: Sequence[Entry]
+) -> list[Change]:
     """Make the changes that handlers see, of raw changes of one table.
 
     Args:
         session: in a transaction; used only where Python alone cannot do it, under savepoints. It must be
             allowed to read the table.
-        table: the table as the catalogue has it now.
+        tables: the table as the catalogue has it now, and as it was before, newest first; not empty.
         entries: (position, raw change, attempt from 1) each.
 
     Returns:
@@ -56,13 +58,14 @@ async def build_changes(session: AsyncSession, table: Table, entries: Sequence[E
     changes: list[Change | None] = []
     drafts: list[tuple[int, _Draft]] = []
     shapes: dict[Any, Shape] = {}
+    table = tables[0]
     columns, shape = None, None
     for position, raw, attempt in entries:
         if shape is None or raw.columns is not columns:
             columns = raw.columns
             known = shapes.get((raw.source, columns))
             if known is None:
-                known = shapes[raw.source, columns] = shape_of(table, columns, raw.source)
+                known = shapes[raw.source, columns] = shape_of(tables, columns, raw.source)
             shape = known
         change = _at_once(table, shape, position, raw, attempt)
         if change is None:
@@ -71,7 +74,7 @@ async def build_changes(session: AsyncSession, table: Table, entries: Sequence[E
     if drafts:
         await _complete(session, table, [draft for _, draft in drafts])
         for at, draft in drafts:
-            changes[at] = draft.change(table)
+            changes[at] = draft.change()
     return [change for change in changes if change is not None]
 
 
@@ -98,11 +101,11 @@ def _at_once(table: Table, shape: Shape, position: Position, raw: RawChange, att
     missing = _NOTHING
     if raw.type == "DELETE" and old is not None:
         missing = _absent_from_old(table, shape, raw, old).columns
-    return _change(table, position, raw, attempt, new, old, missing=missing)
+    return _change(shape, position, raw, attempt, new, old, missing=missing)
 
 
 def _change(  # noqa: PLR0913 - the parts of a change
-    table: Table,
+    shape: Shape,
     position: Position,
     raw: RawChange,
     attempt: int,
@@ -117,7 +120,7 @@ def _change(  # noqa: PLR0913 - the parts of a change
     key: tuple[Any, ...] = ()
     if row is not None:
         try:
-            key = tuple([dict.__getitem__(row, name) for name in table.primary_key])
+            key = tuple([dict.__getitem__(row, name) for name in shape.key])
         except KeyError:
             key = ()
     return Change(
@@ -179,12 +182,12 @@ class _Draft:
     again: set[str] = field(default_factory=set)
     key: dict[str, bytes] | None = None
 
-    def change(self, table: Table) -> Change:
+    def change(self) -> Change:
         new = None if self.new is None else Record(self.new, self.missing)
         old = None if self.old is None else Record(self.old, self.old_missing)
         missing = self.old_missing if self.new is None else self.missing
         return _change(
-            table,
+            self.shape,
             self.position,
             self.raw,
             self.attempt,
@@ -206,7 +209,7 @@ def _draft(table: Table, shape: Shape, position: Position, raw: RawChange, attem
         new.update((name, None) for name in shape.cut if name in raw.record and name not in cut)
         if raw.type == "UPDATE" and not _is_too_large(raw):
             draft.unchanged = frozenset(absent)
-        draft.key = _key(table, shape, raw.record)
+        draft.key = _key(shape, raw.record)
     if raw.old_record is not None:
         draft.old = old = shape.read(raw.old_record)
         draft.old_missing = dict(_absent_from_old(table, shape, raw, raw.old_record).reasons)
@@ -218,15 +221,13 @@ def _draft(table: Table, shape: Shape, position: Position, raw: RawChange, attem
     return draft
 
 
-def _key(table: Table, shape: Shape, row: Mapping[str, Any]) -> dict[str, bytes] | None:
+def _key(shape: Shape, row: Mapping[str, Any]) -> dict[str, bytes] | None:
     """Take the primary key as it came, if all of it came whole."""
-    carried = [name for name in table.primary_key if row.get(name) is not None and name not in shape.cut]
+    if not shape.rereads:
+        return None
+    carried = [name for name in shape.key if row.get(name) is not None and name not in shape.cut]
     key = {name: _as_json(shape, row[name]) for name in carried}
-    return (
-        key
-        if table.primary_key and len(key) == len(table.primary_key) and _NULL not in key.values()
-        else None
-    )
+    return key if shape.key and len(key) == len(shape.key) and _NULL not in key.values() else None
 
 
 def _as_json(shape: Shape, value: Any) -> bytes:  # noqa: ANN401 - msgspec.Raw, or bytes of the log

@@ -4,7 +4,7 @@ Types come from the payload, which is as old as the change; the catalogue, which
 the payload's word says too little (a domain's base type, the schema of a type) and still means the same.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ import msgspec
 
 from worker.catalogue import ColumnInfo, Table, quote
 from worker.change import Column, RawSource
+from worker.schemas import is_of_type, key_of
 from worker.values.decoding import UNREADABLE, Decoder, decoder, strict_decoder, written_value
 from worker.values.scalars import Value
 from worker.values.wire import is_cut, may_hide_nan
@@ -31,6 +32,8 @@ class Shape:
         cut: columns of which only the first character comes.
         nan: columns whose null may be NaN; `certainly_nan` those of them that cannot be null.
         plain: neither casts nor cut: values are ready once decoded.
+        key: columns of the primary key, as they were called then.
+        rereads: the row can be read again by that key.
     """
 
     names: frozenset[str]
@@ -41,6 +44,8 @@ class Shape:
     nan: frozenset[str]
     certainly_nan: frozenset[str]
     plain: bool
+    key: tuple[str, ...] = ()
+    rereads: bool = True
     of_log: bool = False
     """Values are Postgres's texts, not JSON."""
     _absent: dict[tuple[object, ...], "Absent"] = field(default_factory=dict)
@@ -93,8 +98,16 @@ class Absent:
     columns: frozenset[str]
 
 
-def shape_of(table: Table, columns: tuple[Column, ...], source: RawSource) -> Shape:
-    """Work out how payloads with this list of columns are read."""
+def shape_of(tables: Sequence[Table], columns: tuple[Column, ...], source: RawSource) -> Shape:
+    """Work out how payloads with this list of columns are read.
+
+    Args:
+        tables: pictures of the table, newest first; not empty.
+        columns: of the payload.
+        source: who wrote it.
+    """
+    table = tables[0]
+    key = key_of(tables, columns)
     strict: dict[str, Decoder] = {}
     total: dict[str, Decoder] = {}
     casts: dict[str, str] = {}
@@ -120,6 +133,9 @@ def shape_of(table: Table, columns: tuple[Column, ...], source: RawSource) -> Sh
         nan=frozenset(info.name for info in nan),
         certainly_nan=frozenset(info.name for info in nan if info.not_null),
         plain=not casts and not cut,
+        key=key,
+        # By another key, or one that has another name now, another row might be found.
+        rereads=key == table.primary_key,
         of_log=source == "wal",
     )
 
@@ -127,9 +143,9 @@ def shape_of(table: Table, columns: tuple[Column, ...], source: RawSource) -> Sh
 def _info(table: Table, column: Column) -> ColumnInfo | None:
     """Find what the catalogue still says of a payload's column: the column, else any other of that type."""
     info = table.columns.get(column.name)
-    if info is not None and info.type == column.type:
+    if info is not None and is_of_type(info, column):
         return info
     for other in table.columns.values():
-        if other.type == column.type and other.typmod == -1:
+        if is_of_type(other, column) and other.typmod == -1:
             return ColumnInfo(column.name, column.type, other.sql_type, value=other.value, cast=other.cast)
     return None

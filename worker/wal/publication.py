@@ -4,6 +4,7 @@ Commits in between are passed over, and from PostgreSQL 18 on nothing but a warn
 Comparing two looks tells for which tables that may have happened.
 """
 
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -59,6 +60,15 @@ async def read_fingerprint(connection: AsyncConnection, publication: str) -> Fin
     document = msgspec.json.decode(row.tables) if isinstance(row.tables, str) else row.tables
     tables = tuple([PublishedTable(*table) for table in document])
     return Fingerprint(row.publication, row.complete, row.truncates, row.via_root, tables)
+
+
+def returned(
+    before: Fingerprint | None, now: Fingerprint | None, wanted: Iterable[tuple[str, str]]
+) -> tuple[tuple[str, str], ...]:
+    """List the tables of those wanted that the publication has and had not at the look before."""
+    had = set() if before is None else {(table.schema, table.name) for table in before.tables}
+    has = set() if now is None else {(table.schema, table.name) for table in now.tables}
+    return tuple(sorted((has - had).intersection(wanted)))
 
 
 def interrupted(before: Fingerprint | None, now: Fingerprint | None) -> tuple[tuple[str, str], ...]:

@@ -8,12 +8,14 @@ the canary. Memory is bounded by whoever takes batches before a transaction is c
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from worker.change import ChangeType, LogChange, Position, RawChange, encode_columns
+from worker.change import ChangeType, Column, LogChange, Position, RawChange, encode_columns
 from worker.errors import MalformedChange
 from worker.wal.pgoutput import Begin, Commit, Decoder, Relation, Row, RowChange, Truncate, TypeName
 
 OWN_SCHEMA: Final = "tailrace"
 CANARY: Final = (OWN_SCHEMA, "canary")
+FIRST_OWN_OID: Final = 16_384
+"""Types from here on are made by people, who may rename them; those below have the same name everywhere."""
 
 
 class WalBatch(NamedTuple):
@@ -125,7 +127,7 @@ class Assembler:
         if relation.schema == OWN_SCHEMA and name != CANARY:
             layout = _LEFT_OUT
         else:
-            columns = [(column.name, self._names[column.type_oid]) for column in relation.columns]
+            columns = _columns(relation, self._names)
             layout = _Layout(encode_columns(columns), wanted=True)
         # A relation is described anew whenever it changed: old descriptions are not asked for again.
         self._layouts = {one: known for one, known in self._layouts.items() if one.oid != relation.oid}
@@ -168,7 +170,23 @@ class Assembler:
             begin.xid,
             begin.final_lsn,
             ordinal,
+            relation.oid,
         )
         change = RawChange.of_log(log)
         self._changes.append((position, change))
         self.bytes += size
+
+
+def _columns(relation: Relation, names: Mapping[int, str]) -> list[Column]:
+    """Describe the columns of a relation."""
+    # Of other identities the log does not say which columns the primary key has.
+    says_key = relation.identity == "d"
+    return [
+        Column(
+            column.name,
+            names[column.type_oid],
+            column.type_oid if column.type_oid >= FIRST_OWN_OID else 0,
+            says_key and column.identity,
+        )
+        for column in relation.columns
+    ]

@@ -34,6 +34,7 @@ from worker.reading.journal import Clock, Journal
 from worker.registry import Handler, Handlers
 from worker.retries import Backoff, Policy
 from worker.routing import Router
+from worker.schema_watch import SchemaWatch
 
 TABLES = """
 create table items (id integer primary key, grp integer, note text, primary_note text);
@@ -79,6 +80,7 @@ class Bench:
         names = {(one.schema, one.table) for handler in self.handlers for one in handler.subscriptions}
         async with self.engine.connect() as connection:
             self.catalogue = await read_catalogue(connection, "supabase_realtime", names)
+        self.watch = SchemaWatch(self.engine, self.catalogue, "supabase_realtime", names)
         assert await lease.take(self.engine, self.token, "bench")
         clock = Clock(Position(1, 0))
         present = clock.next()
@@ -133,7 +135,7 @@ class Bench:
             engine=self.engine,
             lanes=self.lanes,
             caller=caller,
-            decoder=Decoder(handler, self.catalogue),
+            decoder=Decoder(handler, self.watch),
             limits=Limits(60_000, 0),
             batch=batch,
         )
