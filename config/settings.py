@@ -183,6 +183,14 @@ class Tunables(BaseSettings):
         unit="seconds",
         reason="Longest backoff: a person who mends the cause should not wait longer for the next attempt.",
     )
+    retries_per_second: float = _setting(
+        "WORKER_RETRIES_PER_SECOND",
+        default=100.0,
+        gt=0,
+        allow_inf_nan=False,
+        unit="retries, of a handler in one worker",
+        reason="When all that had failed is due at once, after an outage, it must not come as a storm.",
+    )
     give_up_on: Sorts = _setting(
         "WORKER_GIVE_UP_ON",
         default=(),

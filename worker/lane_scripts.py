@@ -12,13 +12,15 @@ local function wake(names, claims, prefix, patience)
   local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
   for _, name in ipairs(names) do
     local claim = redis.call('HGET', claims, name)
-    local queued = claim and string.match(claim, '^queued:(%d+)$')
+    local queued = claim and string.match(claim, '^queued:(%d+)')
     if queued and now - tonumber(queued) < patience then
       -- its job is on the way
     elseif claim and not queued and redis.call('EXISTS', prefix .. ':worker:' .. claim) == 1 then
       warm[claim] = (warm[claim] and (warm[claim] .. '\\n') or '') .. name
     else
-      redis.call('HSET', claims, name, 'queued:' .. string.format('%.0f', now))
+      -- Whoever takes it next is to know that a worker has died over it.
+      local died = claim and (not queued or string.sub(claim, -1) == '!')
+      redis.call('HSET', claims, name, 'queued:' .. string.format('%.0f', now) .. (died and '!' or ''))
       cold[#cold + 1] = name
     end
   end
@@ -76,6 +78,7 @@ return wake(names, KEYS[1], prefix, patience)
 """
 )
 
+# 0: a living worker has it; 1: taken; 2: taken from a worker that has died.
 CLAIM = """
 local claim = redis.call('HGET', KEYS[1], ARGV[1])
 if claim and claim ~= ARGV[3] and not string.match(claim, '^queued:')
@@ -83,6 +86,9 @@ if claim and claim ~= ARGV[3] and not string.match(claim, '^queued:')
   return 0
 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+if claim and claim ~= ARGV[3] and (string.sub(claim, -1) == '!' or not string.match(claim, '^queued:')) then
+  return 2
+end
 return 1
 """
 

@@ -11,11 +11,14 @@ Keys, all below the prefix `WORKER_QUEUE`:
     {prefix}:{generation}:tops                 hash: lane -> "id count bytes changes" of its last entry
     {prefix}:{generation}:passed               hash: lane -> "count bytes changes" up to which it is applied
     {prefix}:{generation}:parking              hash: lane -> count of the entry up to which it is to be parked
-    {prefix}:claims                            hash: lane -> worker that drains it, or `queued:<ms>`
+    {prefix}:claims                            hash: lane -> worker that drains it, or `queued:<ms>`, then
+                                               a `!` where the worker before has died
+    {prefix}:calls                             hash: lane -> note of a call, see draining/notes.py
     {prefix}:worker:{id}                       key with a time to live: this worker is alive
     {prefix}:bell:{id}, {prefix}:jobs          pub/sub: a lane of this worker has news; arq's queue has a job
 """
 
+import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,6 +149,16 @@ class Backlog(NamedTuple):
 NOTHING = Backlog(0, 0, 0)
 
 
+class Claim(enum.IntEnum):
+    """What came of asking for a lane."""
+
+    REFUSED = 0
+    """A living worker has it."""
+    TAKEN = 1
+    FROM_THE_DEAD = 2
+    """Taken from a worker that has died over it."""
+
+
 class Found(NamedTuple):
     """What a lane holds above a position."""
 
@@ -232,9 +245,22 @@ class Lanes:
 
     # Claims and wake-ups
 
-    async def claim(self, lane: Lane, worker: str) -> bool:
-        """Take a lane for a worker; False where a living one has it."""
-        return bool(await self._claim(keys=[self.claims], args=[str(lane), self.prefix, worker]))
+    async def claim(self, lane: Lane, worker: str) -> Claim:
+        """Take a lane for a worker."""
+        return Claim(await self._claim(keys=[self.claims], args=[str(lane), self.prefix, worker]))
+
+    async def noted(self, lane: Lane) -> bytes | None:
+        """Read the note of a call; see draining/notes.py."""
+        found: bytes | None = await self.raw("HGET", f"{self.prefix}:calls", str(lane))
+        return found
+
+    async def note(self, lane: Lane, note: bytes) -> None:
+        """Note a call before it begins."""
+        await self.redis.execute_command("HSET", f"{self.prefix}:calls", str(lane), note)  # type: ignore[no-untyped-call] # redis-py's own
+
+    async def forget_note(self, lane: Lane) -> None:
+        """Forget it: the call has ended."""
+        await self.raw("HDEL", f"{self.prefix}:calls", str(lane))
 
     async def release(self, generation: str, lane: Lane, worker: str, *, always: bool = False) -> bool:
         """Give a lane back; False, and nothing done, where entries have come meanwhile."""

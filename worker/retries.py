@@ -6,6 +6,7 @@ one table, from the top.
 
 import enum
 import random
+import time
 import traceback
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -114,6 +115,32 @@ class Backoff(NamedTuple):
         return ceiling * self.draw()
 
 
+class Allowance:
+    """So many a second on average: when all that had failed is due at once, it must not come as a storm.
+
+    Args:
+        rate: per second.
+        clock: gives seconds.
+    """
+
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._most = max(1.0, rate)
+        self._left = self._most
+        self._at = clock()
+
+    def take(self) -> bool:
+        """Take one, if there is one left."""
+        now = self._clock()
+        self._left = min(self._most, self._left + (now - self._at) * self._rate)
+        self._at = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
 class Policy(NamedTuple):
     """How patient to be with one handler."""
 
@@ -123,6 +150,8 @@ class Policy(NamedTuple):
     give_up_on: frozenset[Sort] = frozenset()
     halts: bool = False
     """A dead letter holds back its keys until a person has decided."""
+    retries_per_second: float = 100.0
+    """In one worker."""
 
 
 class Failure(NamedTuple):

@@ -18,7 +18,7 @@ from worker.draining.passes import Turn
 from worker.held import HeldRow, Kept
 from worker.lanes import Lane, Read
 from worker.registry import Handler
-from worker.retries import Failure, classify
+from worker.retries import Allowance, Failure, classify
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +44,8 @@ class Applying:
         self.handler: Handler = caller.handler
         self._caller = caller
         self.decoder = decoder
+        self.policy = caller.policy
+        self._allowance = Allowance(caller.policy.retries_per_second)
 
     # Fresh changes
 
@@ -261,6 +263,8 @@ class Applying:
             for row in rows:
                 if seen and time.monotonic() > until:
                     return True
+                if row.attempts > 0 and not self._allowance.take():
+                    return False  # it stays due: the sweep comes back
                 seen.append(row.id)
                 if await self._again(turn, row):
                     return True
@@ -272,8 +276,15 @@ class Applying:
         others = kept.lanes[1:]
         if len(await positions.lock_others(session, self.handler.name, others)) < len(others):
             return False  # one of its lanes is being drained just now: it stays due
+        name = f"held:{row.id}"
         spoiler = turn.spoilers.get(("held", row.id))
-        failure = spoiler or await self._call_again(turn, row)
+        failure = spoiler
+        if failure is None and turn.notes is not None:
+            failure = turn.notes.verdict(name, self.policy)
+        if failure is None:
+            if turn.notes is not None:
+                await turn.notes.begin(name)
+            failure = await self._call_again(turn, row)
         if failure is not None:
             self.tell(turn.lane, failure)
             await held.failed_again(session, row, failure)

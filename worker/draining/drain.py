@@ -8,6 +8,7 @@ Which worker does it, and when, is not decided here (see turns.py).
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 
 import structlog
 from redis.exceptions import RedisError
@@ -22,6 +23,7 @@ from worker.draining.applying import Applying
 from worker.draining.calls import Caller, CallFailedError, LaneBlockedError, TransactionSpoiltError
 from worker.draining.items import Decoder
 from worker.draining.meetings import Meeting, meet, other_lanes
+from worker.draining.notes import Notes, Suspicion
 from worker.draining.parking import Parking
 from worker.draining.passes import Pass, Progress, Turn
 from worker.lanes import AT_ONCE, Lane, Lanes, Read
@@ -65,6 +67,11 @@ class Drain:
         self._limits = limits
         self._batch = batch
         self._most = min(batch, FIRST_BATCH)
+        self._suspicions: dict[Lane, Suspicion] = {}
+
+    def suspect(self, lane: Lane, worker: str) -> None:
+        """Note that the worker before this one has died over a lane: perhaps of one of its changes."""
+        self._suspicions[lane] = Suspicion(worker)
 
     async def run(self, lane: Lane) -> Progress:
         """Make one pass over a lane.
@@ -138,6 +145,9 @@ class Drain:
                 return Progress(ended=Pass.AWAY, reason=reason), None
             progress.at = row.position
             turn = Turn(session, lane, row, source, progress, careful, together, spoilers)
+            if (suspicion := self._suspicions.get(lane)) is not None:
+                progress.notes = await Notes.open(self._lanes, lane, suspicion)
+                turn = replace(turn, notes=progress.notes)
             more = not source.paused and row.holding > 0 and await self._applying.retry(turn)
             met, further = await self._pass_entries(turn)
             await self._write(turn, met)
@@ -158,6 +168,8 @@ class Drain:
             return [], True
         take = self._parking.park if parks else self._applying.fresh
         reads = await self._seen(turn, found)
+        if turn.notes is not None and not parks:
+            turn, reads, full = await self._alone(turn, reads), reads[:1], True
         if batch := self._applying.cut(turn, _until_meeting(reads)):
             await self._chained(turn, batch)
             await take(turn, batch)
@@ -173,6 +185,8 @@ class Drain:
         """Read entries above the position; tell whether to park them, and whether there may be more."""
         generation, lane, position = str(turn.source.generation), turn.lane, turn.row.position
         most = self._most  # passes over other lanes change it meanwhile
+        if turn.notes is not None and turn.notes.suspicion.until is None:
+            most = self._batch  # all that the dead worker may have had in hand
         reads, park_to = await self._lanes.read(generation, lane, position, most)
         if not reads or not (turn.source.paused or reads[0].entry.count <= park_to):
             return reads, False, len(reads) >= min(most, AT_ONCE)
@@ -181,6 +195,25 @@ class Drain:
         if not turn.source.paused:
             reads = [read for read in reads if read.entry.count <= park_to]
         return reads, True, True
+
+    async def _alone(self, turn: Turn, reads: Sequence[Read]) -> Turn:
+        """Note the call for the first entry, and see whether it has ended too many workers."""
+        notes = turn.notes
+        if notes is None:
+            return turn
+        if notes.suspicion.until is None and reads:
+            notes.suspicion.until = reads[-1].position
+        if not reads or notes.suspicion.until is None or reads[0].position > notes.suspicion.until:
+            self._suspicions.pop(turn.lane, None)
+            return turn
+        position, entry = reads[0]
+        failure = notes.verdict(str(position), self._applying.policy)
+        if failure is None:
+            await notes.begin(str(position))
+            return turn
+        culprits: Sequence[object] = entry.keys if self.handler.kind == "derive" else (position,)
+        turn.spoilers.update(dict.fromkeys(culprits, failure))
+        return replace(turn, careful=True)
 
     async def _seen(self, turn: Turn, reads: list[Read]) -> list[Read]:
         """Cut off what is decoded but cannot be seen yet: a handler would compute from the old state."""
@@ -246,6 +279,8 @@ class Drain:
         if generation is None:
             return progress
         try:
+            if progress.notes is not None:
+                await progress.notes.end()
             if progress.last is not None:
                 await self._lanes.trim(generation, lane, progress.last)
                 for number in other_lanes(progress.last, lane):

@@ -70,6 +70,10 @@ class Parking:
         if not rows:
             turn.progress.parked -= turn.row.parked  # a person has deleted them by hand
             return
+        if turn.notes is not None:
+            # A worker has died over the lane: as held changes they are called one by one.
+            await self._to_held(turn, rows, due=True)
+            return
         free = await self._free(turn, rows if self._derives else _one_history(rows))
         if not free:
             return

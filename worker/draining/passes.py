@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.change import Position
+from worker.draining.notes import Notes
 from worker.lanes import Lane, Read
 from worker.positions import LaneRow, SourceRow
 from worker.retries import Failure
@@ -55,6 +56,8 @@ class Progress:
     reason: str = ""
     wake: set[int] = field(default_factory=set)
     """Other lanes that can go on now."""
+    notes: Notes | None = None
+    """Of calls, where the lane is under suspicion."""
     latest_at: float = 0.0
     """When the listener had the newest change applied, in seconds since 1970."""
 
@@ -74,6 +77,8 @@ class Turn:
     """Calls with several items are tried first; False once such a call has taken the transaction with it."""
     spoilers: dict[object, Failure]
     """What took an earlier transaction of this pass with it: not called again, but held."""
+    notes: Notes | None = None
+    """Of a lane over which a worker has died: one call at a time, each noted."""
 
     def holds(self, lanes: tuple[int, ...], rows: int) -> None:
         """Count held rows of lanes."""

@@ -22,7 +22,7 @@ from worker import held, parked, positions
 from worker.database import explain
 from worker.draining.drain import Drain
 from worker.draining.passes import Pass, Progress
-from worker.lanes import CLAIM_SECONDS, Lane, Lanes
+from worker.lanes import CLAIM_SECONDS, Claim, Lane, Lanes
 
 log = structlog.get_logger(__name__)
 
@@ -107,7 +107,10 @@ class Draining:
         self._idle.clear()
         handed_over = True
         try:
-            if await self._lanes.claim(lane, self.name):
+            claim = await self._lanes.claim(lane, self.name)
+            if claim is Claim.FROM_THE_DEAD:
+                drain.suspect(lane, self.name)
+            if claim is not Claim.REFUSED:
                 handed_over = False
                 handed_over = await self._turn(drain, lane, bell)
         except (RedisError, OSError) as error:

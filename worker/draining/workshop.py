@@ -183,6 +183,7 @@ async def _drains(
                 handler.max_attempts or settings.max_attempts,
                 frozenset(settings.give_up_on),
                 handler.after == "halt",
+                settings.retries_per_second,
             ),
             context=_contexts(handler, redis, clients),
         )
