@@ -7,22 +7,22 @@ their handlers recompute from current state, so no order is owed. Survives a res
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from contextlib import aclosing
+from typing import NamedTuple
 
 import msgspec
 import structlog
-from sqlalchemy import Select, String, case, cast, func, text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker.catalogue import Catalogue, ColumnInfo, Table, quote
+from worker.catalogue import Catalogue, Table, quote
+from worker.kept_keys import PAGE, KeyColumn, kept_keys, lane_keys, print_as_the_log
 from worker.registry import Handler
-from worker.values import Form, canonicalizer, decoder
-from worker.values.database import is_data_error, printed
-from worker.wal.walsender import TEXT_FORM
+from worker.values import Form
+from worker.values.database import is_data_error
 
 log = structlog.get_logger(__name__)
 
-PAGE = 1_000
 QUIET_SECONDS = 2.0
 AGAIN_SECONDS = 60.0
 """What could not be made is tried again after so long, or when a table was altered."""
@@ -62,13 +62,6 @@ class _Asked(NamedTuple):
     table: str
     phase: str
     cursor: list[str] | None
-
-
-class _Way(NamedTuple):
-    """How a key's column is read."""
-
-    type_name: str
-    form: Form
 
 
 class Backfills:
@@ -169,7 +162,7 @@ class Backfills:
         if asked.phase == "rows":
             keys += await self._rows(handler, asked, table, columns)
         if handler.all_keys is not None:
-            keys += await self._kept(handler, asked, [self._of(table.columns[name]) for name in columns])
+            keys += await self._kept(handler, asked, self._key_columns(table, columns))
         log.info("backfill done", handler=handler.name, table=f"{asked.schema}.{asked.table}", keys=keys)
 
     async def _until_visible(self) -> None:
@@ -190,6 +183,9 @@ class Backfills:
             await asyncio.sleep(0.1)
         log.warning("backfill begins beside a long transaction", waited_seconds=VISIBLE_SECONDS)
 
+    def _key_columns(self, table: Table, names: Sequence[str]) -> list[KeyColumn]:
+        return [KeyColumn.of(table.columns[name].value_type, self._form) for name in names]
+
     async def _rows(self, handler: Handler, asked: _Asked, table: Table, columns: Sequence[str]) -> int:
         primary = table.primary_key
         order = ", ".join(quote(name) for name in primary)
@@ -197,17 +193,16 @@ class Backfills:
             f"cast(cast(:k{n} as text) as {table.columns[name].sql_cast})" for n, name in enumerate(primary)
         )
         selected = [f"{quote(name)}::text" for name in primary]
-        ways = [self._of(table.columns[name]) for name in columns]
-        selected += [_shown(quote(name), way) for name, way in zip(columns, ways, strict=True)]
+        ways = self._key_columns(table, columns)
+        selected += [way.shown(quote(name)) for name, way in zip(columns, ways, strict=True)]
         select = f"select {', '.join(selected)} from {table.sql_name}"  # noqa: S608 - quoted identifiers
-        forms = [canonicalizer(*way) for way in ways]
         cursor, total = asked.cursor, 0
         if cursor is not None and len(cursor) != len(primary):
             cursor = None  # of another primary key, before the table was altered
         while True:
             where = f" where ({order}) > ({marks})" if cursor else ""
             async with self._engine.connect() as connection:
-                await _set_form(connection, ways)
+                await print_as_the_log(connection, ways)
                 found = await connection.execute(
                     text(f"{select}{where} order by {order} limit {PAGE}"),
                     {f"k{n}": value for n, value in enumerate(cursor or ())},
@@ -215,7 +210,7 @@ class Backfills:
                 rows = found.all()
             if rows:
                 cursor = list(rows[-1][: len(primary)])
-                keys = _encode([row[len(primary) :] for row in rows], forms)
+                keys = lane_keys([row[len(primary) :] for row in rows], ways)
                 await self._put(handler, keys)
                 total += len(keys)
                 await self._note(asked, cursor, "rows", len(keys))
@@ -223,35 +218,14 @@ class Backfills:
                 await self._note(asked, None, "kept", 0)
                 return total
 
-    def _of(self, column: ColumnInfo) -> _Way:
-        """Say in which form a key's column is read: in that in which the source of live changes has it.
-
-        For most types both give one canonical text. Where they do not, a backfill in the other form would
-        make a second key of each value.
-        """
-        differs = self._form == "text" and decoder(column.value_type, "text") is None
-        return _Way(column.value_type, "text" if differs else "json")
-
-    async def _kept(self, handler: Handler, asked: _Asked, ways: Sequence[_Way]) -> int:
+    async def _kept(self, handler: Handler, asked: _Asked, columns: Sequence[KeyColumn]) -> int:
         """Give the keys that the handler keeps: those whose rows are all gone are in no source table."""
-        select = handler.all_keys() if handler.all_keys is not None else None
-        if not isinstance(select, Select):
-            return 0
-        forms = [canonicalizer(*way) for way in ways]
-        inner = select.subquery("kept")
-        shown = [
-            cast(func.to_jsonb(column), String)
-            if way.form == "json"
-            else case((func.num_nonnulls(column) == 1, func.format("%s", column)))
-            for column, way in zip(inner.c, ways, strict=True)
-        ]
-        outer: Select[Any] = Select(*shown)
         total = 0
-        async with self._engine.connect() as connection:
-            await _set_form(connection, ways)
-            result = await connection.stream(outer)
-            async for page in result.partitions(PAGE):
-                keys = _encode(page, forms)
+        async with (
+            self._engine.connect() as connection,
+            aclosing(kept_keys(connection, handler, columns)) as pages,
+        ):
+            async for keys in pages:
                 await self._put(handler, keys)
                 total += len(keys)
         await self._note(asked, None, "kept", total)
@@ -265,32 +239,8 @@ class Backfills:
             )
 
 
-def _shown(name: str, way: _Way) -> str:
-    """Give the expression for a column's value in one of the forms."""
-    return f"to_jsonb({name})::text" if way.form == "json" else printed(name)
-
-
-async def _set_form(connection: AsyncConnection, ways: Sequence[_Way]) -> None:
-    """Have Postgres print values as the log prints them."""
-    if any(way.form == "text" for way in ways):
-        settings = [f"set_config('{name}', '{value}', true)" for name, value in TEXT_FORM.items()]
-        await connection.execute(text(f"select {', '.join(settings)}"))
-
-
 def _key_columns(handler: Handler, asked: _Asked, table: Table | None) -> tuple[str, ...]:
     for one in handler.subscriptions:
         if (one.schema, one.table) == (asked.schema, asked.table):
             return one.lane_key or (table.primary_key if table else ())
     return ()
-
-
-def _encode(rows: Sequence[Sequence[str | None]], forms: Sequence[Any]) -> list[bytes]:
-    """Make lane keys of rows of values as they were read, each once; NULLs belong to no key."""
-    keys: dict[bytes, None] = {}
-    for row in rows:
-        texts = [
-            None if value is None else form(value.encode()) for value, form in zip(row, forms, strict=True)
-        ]
-        if None not in texts:
-            keys[msgspec.json.encode(texts)] = None
-    return list(keys)

@@ -6,7 +6,7 @@ another has none, until it is the first of one of its keys (see `promote`). How 
 in retries.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import text
@@ -26,6 +26,7 @@ class Kept(NamedTuple):
     lanes: tuple[int, ...]
     """In rising order; the first of them retries."""
     keys: tuple[bytes, ...]
+    """Empty for a TRUNCATE, which concerns every key: it waits for all before it, and all after it wait."""
     position: Position
     source: str
     """As in a lane's entry; "key" for the key of a derive handler."""
@@ -42,6 +43,23 @@ class HeldRow(NamedTuple):
     attempts: int
 
 
+class Blocked:
+    """Keys behind which changes of a handler wait; or all keys, behind a TRUNCATE."""
+
+    def __init__(self, keys: Iterable[bytes] = (), *, everything: bool = False) -> None:
+        self.keys = set(keys)
+        self.everything = everything
+
+    def holds_back(self, keys: Sequence[bytes]) -> bool:
+        """Tell whether a change with these keys has to wait; without keys it waits for any."""
+        return self.everything or not self.keys.isdisjoint(keys) or (not keys and bool(self.keys))
+
+    def add(self, keys: Sequence[bytes]) -> None:
+        """Let later changes wait behind one with these keys."""
+        self.keys.update(keys)
+        self.everything = self.everything or not keys
+
+
 # Only rows that nothing of their keys stands before: with several keys, one may be first and another not yet.
 _DUE = text(
     "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts from tailrace.held h"
@@ -49,12 +67,19 @@ _DUE = text(
     " and next_attempt_at <= clock_timestamp() and id <> all (cast(:seen as bigint[]))"
     " and not exists (select from tailrace.held e where e.handler = h.handler and e.waits"
     "  and e.id < h.id and e.keys && h.keys)"
+    " and not exists (select from tailrace.held e where e.handler = h.handler and e.waits"
+    "  and e.id < h.id and e.keys = '{}')"
+    " and (h.keys <> '{}' or not exists (select from tailrace.held e where e.handler = h.handler"
+    "  and e.waits and e.id < h.id))"
     " order by id limit :most"
 )
 _KEYS = text(
     "select distinct k from tailrace.held h, unnest(h.keys) k"
     " where h.handler = :handler and h.waits and h.keys && cast(:keys as text[])"
+    " union all select null where exists ("
+    "  select from tailrace.held where handler = :handler and waits and keys = '{}')"
 )
+_ANY = text("select exists (select from tailrace.held where handler = :handler and waits)")
 _INSERT = text(
     "insert into tailrace.held (handler, lanes, keys, lsn, ordinal, source, payload, changes, attempts,"
     " status, halts, next_attempt_at, error_class, error, traceback, hint, first_failed_at, last_failed_at)"
@@ -78,7 +103,11 @@ _PROMOTE = text(
     "update tailrace.held set next_attempt_at = clock_timestamp()"
     " where status = 'retrying' and next_attempt_at is null and id in ("
     "  select (select min(h.id) from tailrace.held h where h.handler = :handler and h.waits"
-    "   and h.keys @> array[k]) from unnest(cast(:keys as text[])) k)"
+    "   and h.keys @> array[k]) from unnest(cast(:keys as text[])) k"
+    # The first of all may be one without keys. Where such a one has gone, the first of each key is free.
+    "  union all select min(id) from tailrace.held where handler = :handler and waits"
+    "  union all select min(h.id) from tailrace.held h, unnest(h.keys) k"
+    "   where h.handler = :handler and h.waits and cardinality(cast(:keys as text[])) = 0 group by k)"
     " returning lanes[1]"
 )
 _LANES = text(
@@ -114,12 +143,18 @@ def from_row(row: Sequence[Any]) -> HeldRow:
     return HeldRow(row[0], kept, row[8])
 
 
-async def held_keys(session: AsyncSession, handler: str, keys: Sequence[bytes]) -> set[bytes]:
+async def held_keys(session: AsyncSession, handler: str, keys: Sequence[bytes]) -> Blocked:
     """List the keys of all rows that wait with one of these keys."""
     connection = await session.connection()
     texts = [key.decode() for key in keys]
-    found = await connection.execute(_KEYS, {"handler": handler, "keys": texts})
-    return {row[0].encode() for row in found}
+    found = [row[0] for row in await connection.execute(_KEYS, {"handler": handler, "keys": texts})]
+    return Blocked((key.encode() for key in found if key is not None), everything=None in found)
+
+
+async def any_waits(session: AsyncSession, handler: str) -> bool:
+    """Tell whether any change of the handler waits."""
+    connection = await session.connection()
+    return bool((await connection.execute(_ANY, {"handler": handler})).scalar_one())
 
 
 async def hold(

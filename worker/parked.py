@@ -41,6 +41,7 @@ _OTHERS = text(
     " and h.waits and (h.status <> 'parked' or h.lanes[1] <> :lane)"
     " and h.keys && cast(:keys as text[]) group by k"
 )
+_WALL = text("select min(id) from tailrace.held where handler = :handler and waits and keys = '{}'")
 _TO_HELD = text(
     "update tailrace.held set status = 'retrying',"
     " next_attempt_at = case when :due then clock_timestamp() end where id = any(cast(:ids as bigint[]))"
@@ -102,6 +103,13 @@ async def others(session: AsyncSession, lane: Lane, keys: Iterable[bytes]) -> di
     connection = await session.connection()
     parameters = {"handler": lane.handler, "lane": lane.number, "keys": [key.decode() for key in keys]}
     return {row[0].encode(): row[1] for row in await connection.execute(_OTHERS, parameters)}
+
+
+async def wall(session: AsyncSession, handler: str) -> int | None:
+    """Give the id of the first change of all keys that waits: later ones of any lane are behind it."""
+    connection = await session.connection()
+    found: int | None = (await connection.execute(_WALL, {"handler": handler})).scalar_one()
+    return found
 
 
 async def to_held(session: AsyncSession, ids: Sequence[int], *, due: bool) -> None:

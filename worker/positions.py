@@ -8,10 +8,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import TextClause, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from worker.change import Position
+from worker.database import is_locked
 from worker.lanes import Lane
+
+WAIT_MS = 3_000
+"""For the row of a lane that is being drained: about as long as a pass."""
 
 
 class Limits(NamedTuple):
@@ -73,6 +78,7 @@ _LOCK_ALL = text(
     f" {_FROM} :lane for update nowait"
 )
 _LOCK_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update skip locked")
+_WAIT_FOR_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update")
 _LOOK = text(f"{_READ} any (cast(:lanes as integer[]))")
 # A restored database names a generation whose lanes hold transactions that no longer exist: its start time
 # and timeline are not those under which the generation began.
@@ -135,6 +141,28 @@ async def lock(session: AsyncSession, lane: Lane, limits: Limits) -> LaneRow | N
 async def lock_others(session: AsyncSession, handler: str, lanes: Sequence[int]) -> dict[int, LaneRow]:
     """Take the rows of further lanes, without waiting: those that somebody else holds are left out."""
     return await _rows(session, _LOCK_OTHERS, handler, lanes)
+
+
+async def wait_for_others(session: AsyncSession, handler: str, lanes: Sequence[int]) -> dict[int, LaneRow]:
+    """Take the rows of all other lanes, waiting a little for each; none where one of them is not to be had.
+
+    For what concerns every lane: they are hardly ever free at the same moment. No circle of such waits can
+    form, for nobody else waits for a row while holding one, and the lowest lane alone waits here.
+    """
+    connection = await session.connection()
+    before = (await connection.execute(text("show lock_timeout"))).scalar_one()
+    try:
+        async with session.begin_nested():
+            await connection.execute(text(f"set local lock_timeout = {WAIT_MS}"))
+            found = await _rows(session, _WAIT_FOR_OTHERS, handler, lanes)
+            await connection.execute(
+                text("select set_config('lock_timeout', :before, true)"), {"before": before}
+            )
+    except DBAPIError as error:
+        if not is_locked(error):
+            raise
+        return {}
+    return found
 
 
 async def look(session: AsyncSession, handler: str, lanes: Sequence[int]) -> dict[int, LaneRow]:

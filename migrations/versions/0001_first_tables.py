@@ -107,8 +107,10 @@ comment on table tailrace.held is 'changes that wait: for a retry of their own, 
 comment on column tailrace.held.halts is 'a dead letter that holds back its keys until a person has decided';
 comment on column tailrace.held.waits is 'later changes of its keys wait behind it';
 comment on column tailrace.held.told_at is 'when the hooks for dead letters had been called';
-comment on column tailrace.held.keys is 'lane keys, as JSON arrays of canonical texts';
+comment on column tailrace.held.keys is
+  'lane keys, as JSON arrays of canonical texts; empty for a TRUNCATE, which concerns all of them';
 create index held_by_handler on tailrace.held (handler, id) where waits;
+create index held_of_all_keys on tailrace.held (handler, id) where waits and keys = '{}';
 create index held_by_key on tailrace.held using gin (keys) where waits;
 create index held_parked on tailrace.held (handler, (lanes[1]), id) where status = 'parked';
 create index held_due on tailrace.held (next_attempt_at)

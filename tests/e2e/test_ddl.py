@@ -220,3 +220,12 @@ async def test_the_publication_is_made_anew_and_a_table_leaves_it(shop: Shop) ->
     await shop.run("insert into orders values (4, 9, 5)")
     await shop.settled()
     await shop.no_gap()
+
+
+async def test_a_truncate_reaches_what_was_derived_without_a_gap(shop: Shop) -> None:
+    await shop.run("insert into orders select n, n, 10 from generate_series(1, 50) n")
+    await shop.settled()
+    await shop.run("begin; truncate orders; insert into orders values (1, 7, 5); commit")
+    await shop.settled()
+    assert await shop.db.fetchval("select count(*) from derived_totals where amount > 0") == 1
+    await shop.no_gap()

@@ -15,7 +15,7 @@ from worker.change import Change, Position
 from worker.draining.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome
 from worker.draining.items import Decoder, Item, KeyItem
 from worker.draining.passes import Turn
-from worker.held import HeldRow, Kept
+from worker.held import Blocked, HeldRow, Kept
 from worker.lanes import Lane, Read
 from worker.registry import Handler
 from worker.retries import Allowance, Failure, classify
@@ -24,6 +24,9 @@ log = structlog.get_logger(__name__)
 
 RETRY_SECONDS = 2.0
 """After so long spent on held changes a pass goes on to fresh ones; the rest is due in the next pass."""
+
+MOST_AT_ONCE = 1_000
+"""Changes, or keys, in one call: a TRUNCATE may concern more than one call can do within its time."""
 
 ItemT = TypeVar("ItemT")
 Call = Callable[[Sequence[ItemT]], Awaitable[None]]
@@ -70,12 +73,15 @@ class Applying:
         if turn.careful:
             await self.decoder.doubt(turn.session)
         waiting = turn.row.holding + turn.progress.holding[turn.lane.number]
-        blocked: set[bytes] = set()
+        blocked = Blocked()
         if waiting > 0 or len(batch[0].entry.lanes) > 1:
             keys = sorted({key for read in batch for key in read.entry.keys})
-            blocked = await held.held_keys(turn.session, self.handler.name, keys)
+            if keys:
+                blocked = await held.held_keys(turn.session, self.handler.name, keys)
+            else:
+                blocked.everything = await held.any_waits(turn.session, self.handler.name)
         if self.handler.kind == "derive":
-            await self._keys(turn, batch, blocked)
+            await self._keys(turn, batch, blocked.keys)
         else:
             await self._changes(turn, batch, blocked)
 
@@ -115,18 +121,18 @@ class Applying:
                 verdicts.append((KeyItem(key, None, changes), self.judge(error)))
         return items
 
-    async def _changes(self, turn: Turn, batch: Sequence[Read], blocked: set[bytes]) -> None:
+    async def _changes(self, turn: Turn, batch: Sequence[Read], blocked: Blocked) -> None:
         """Call a change handler with each change once, in order; later ones of a held key wait."""
         unreadable = await self._unreadable(turn, batch) if turn.careful else {}
         free: list[Read] = []
         verdicts: list[_Verdict] = []
         for read in batch:
-            if blocked.isdisjoint(read.entry.keys) and read.position not in unreadable:
+            behind = blocked.holds_back(read.entry.keys)
+            if not behind and read.position not in unreadable:
                 free.append(read)
                 continue
-            behind = not blocked.isdisjoint(read.entry.keys)
             verdicts.append(_Verdict(read, None if behind else unreadable[read.position]))
-            blocked.update(read.entry.keys)
+            blocked.add(read.entry.keys)
         if not turn.careful:
             items = await self._decoded(turn, free)
             await self.whole(self.changes_call(turn), items)
@@ -204,7 +210,7 @@ class Applying:
 
     async def whole(self, call: Call[ItemT], items: Sequence[ItemT]) -> None:
         """Call with the whole batch, without savepoints: nearly always all is well."""
-        size = self.handler.batch or max(1, len(items))
+        size = self.handler.batch or MOST_AT_ONCE
         try:
             for start in range(0, len(items), size):
                 await call(items[start : start + size])
@@ -237,7 +243,7 @@ class Applying:
             spoilers=turn.spoilers,
             together=turn.together and self.handler.wants_list,
         )
-        size = self.handler.batch or max(1, len(items))
+        size = self.handler.batch or MOST_AT_ONCE
         for start in range(0, len(items), size):
             await isolation.apply(items[start : start + size])
         return isolation.outcome
@@ -274,7 +280,8 @@ class Applying:
         """Call again for one held change; True where the pass had better end with it."""
         kept, session = row.kept, turn.session
         others = kept.lanes[1:]
-        if len(await positions.lock_others(session, self.handler.name, others)) < len(others):
+        lock = positions.lock_others if kept.keys else positions.wait_for_others
+        if len(await lock(session, self.handler.name, others)) < len(others):
             return False  # one of its lanes is being drained just now: it stays due
         name = f"held:{row.id}"
         spoiler = turn.spoilers.get(("held", row.id))

@@ -26,6 +26,7 @@ from worker.draining.meetings import Meeting, meet, other_lanes
 from worker.draining.notes import Notes, Suspicion
 from worker.draining.parking import Parking
 from worker.draining.passes import Pass, Progress, Turn
+from worker.draining.truncates import with_kept_keys
 from worker.lanes import AT_ONCE, Lane, Lanes, Read
 from worker.positions import Limits, Moved
 from worker.registry import Handler
@@ -172,6 +173,7 @@ class Drain:
             turn, reads, full = await self._alone(turn, reads), reads[:1], True
         if batch := self._applying.cut(turn, _until_meeting(reads)):
             await self._chained(turn, batch)
+            batch = await with_kept_keys(turn, self.handler, self._applying.decoder, batch)
             await take(turn, batch)
             progress.last, progress.read = batch[-1], sum(read.entry.changes for read in batch)
             return [], full or len(batch) < len(reads)
@@ -328,9 +330,9 @@ def _redis(error: RedisError) -> str:
 
 
 def _until_meeting(reads: Sequence[Read]) -> Sequence[Read]:
-    """Cut a batch before the first change that belongs to several lanes."""
+    """Cut a batch before the first change that belongs to several lanes, or to all keys of the only one."""
     for n, read in enumerate(reads):
-        if len(read.entry.lanes) > 1:
+        if len(read.entry.lanes) > 1 or (read.entry.payload and not read.entry.keys):
             return reads[:n]
     return reads
 

@@ -63,7 +63,7 @@ class Decoder:
             MalformedChange: the table does not have these columns any more.
         """
         if self._version != self._catalogue.version:
-            self._types, self._version = self._key_types(), self._catalogue.version
+            self._types, self._version = self.key_types(), self._catalogue.version
         texts: list[str | None] = msgspec.json.decode(key)
         if len(texts) != len(self._types):
             raise MalformedChange("a key of other columns than those by which the handler computes today")
@@ -73,7 +73,7 @@ class Decoder:
         ]
         return values[0] if len(values) == 1 else tuple(values)
 
-    def _key_types(self) -> tuple[str, ...]:
+    def key_types(self) -> tuple[str, ...]:
         """Give the types of the key's columns: as they are, or as they were before a table was altered."""
         for one in self._handler.subscriptions:
             for table in self._catalogue.known((one.schema, one.table)):

@@ -37,6 +37,8 @@ async def meet(turn: Turn, read: Read) -> Meeting:
     """
     at, lane, session = read.position, turn.lane, turn.session
     others = other_lanes(read, lane)
+    if not others:
+        return Meeting.READY
     if turn.row.arrived != at:
         await positions.arrive(session, lane, at)
         turn.progress.wake.update(others)

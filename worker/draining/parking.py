@@ -102,17 +102,20 @@ class Parking:
     async def _free(self, turn: Turn, rows: Sequence[HeldRow]) -> list[HeldRow]:
         """Leave to the held changes what waits behind one of them, and what needs the rows of other lanes."""
         blocked: dict[bytes, int] = {}
+        wall: int | None = None
         if turn.row.holding > turn.row.parked:
             blocked = await parked.others(
                 turn.session, turn.lane, {key for row in rows for key in row.kept.keys}
             )
+            wall = await parked.wall(turn.session, turn.lane.handler)
         free, behind, alone = [], [], []
         for row in rows:
             keys = row.kept.keys
-            if any(blocked.get(key, row.id) < row.id for key in keys):
+            if any(blocked.get(key, row.id) < row.id for key in keys) or (wall or row.id) < row.id:
                 behind.append(row)
-            elif len(row.kept.lanes) > 1:
+            elif len(row.kept.lanes) > 1 or not keys:
                 alone.append(row)
+                wall = wall if keys else row.id
             else:
                 free.append(row)
                 continue

@@ -69,19 +69,11 @@ class Intake:
         self._router.acquaint(raw)
 
     def take(self, raw: RawChange, at: float) -> int:
-        """Take in a change; returns for how many handlers it was written down.
-
-        A TRUNCATE names no key: a derive handler's answer to it is the backfill that a gap asks for.
-        """
+        """Take in a change; returns for how many handlers it was written down."""
         if (raw.schema, raw.table) == CANARY:
             return 0
         routes = self._router.route(raw)
         matched = routes.matched
-        unroutable = routes.unroutable
-        if raw.type == "TRUNCATE":
-            for one in [one for one in matched if one.handler.kind == "derive"]:
-                unroutable.append((one.handler, "TRUNCATE"))
-                matched.remove(one)
         if raw.position is None or raw.position > self._noted:
             self._note(raw, routes)
         if matched:
