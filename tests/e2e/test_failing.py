@@ -1,0 +1,104 @@
+"""Changes that fail: they hold back their own key, are dead letters in the end, and lose nobody else's."""
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.e2e import failing_handlers
+from tests.e2e.test_proven import drop_slot, ready
+from tests.stack import Project, Servers, project
+
+QUICK = {
+    "WORKER_DELIVERY": "proven",
+    "WORKER_MAX_ATTEMPTS": "3",
+    "WORKER_BACKOFF_SECONDS": "0.05",
+    "WORKER_LANES": "4",
+}
+
+
+@pytest.fixture
+async def shop(shared: Servers) -> AsyncIterator[Project]:
+    async with project(shared, failing_handlers.TABLES, "tests.e2e.failing_handlers", **QUICK) as made:
+        yield made
+        await drop_slot(made)
+
+
+async def write(
+    shop: Project, statuses: list[str], *, customers: int, first: int = 1
+) -> dict[int, list[int]]:
+    """Insert an order for each status, in one commit each; returns the good ones of each customer."""
+    good: dict[int, list[int]] = defaultdict(list)
+    for version, status in enumerate(statuses, start=first):
+        customer = version % customers
+        await shop.db.execute(
+            "insert into orders (customer_id, status, version) values ($1, $2, $3)", customer, status, version
+        )
+        if status == "new":
+            good[customer].append(version)
+    return dict(good)
+
+
+async def applied(shop: Project) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = defaultdict(list)
+    for row in await shop.db.fetch("select customer_id, version from derived_log order by seq"):
+        found[row[0]].append(row[1])
+    return dict(found)
+
+
+async def test_poison_rows_become_dead_letters_and_all_others_are_applied_in_order(shop: Project) -> None:
+    await ready(shop)
+    await shop.worker()
+    chance = random.Random(1)
+    statuses = ["poison" if chance.random() < 0.01 else "new" for _ in range(2_000)]
+    poisoned = statuses.count("poison")
+    good = await write(shop, statuses, customers=50)
+    await shop.until("select count(*) from tailrace.held where status = 'dead'", poisoned)
+    await shop.until("select count(*) from derived_log", 2_000 - poisoned)
+    assert await applied(shop) == good
+    dead = await shop.db.fetch("select attempts, error_class, error from tailrace.held")
+    assert {tuple(row) for row in dead} == {(3, "ValueError", "this order is poison")}
+
+
+async def test_a_change_that_crashes_its_worker_is_found_out(shop: Project) -> None:
+    await ready(shop)
+    statuses = ["new"] * 60
+    statuses[30] = "crash"
+    good = await write(shop, statuses, customers=3)
+    deaths = 0
+    while True:
+        worker = await shop.worker(wait=False)
+        dead = asyncio.create_task(
+            shop.until("select count(*) from tailrace.held where status = 'dead'", 1, 60), name="test: dead"
+        )
+        died = asyncio.create_task(worker.ended(60), name="test: died")
+        await asyncio.wait({dead, died}, return_when=asyncio.FIRST_COMPLETED)
+        finished = dead.done()
+        for task in (dead, died):
+            task.cancel()
+        await asyncio.gather(dead, died, return_exceptions=True)
+        if finished:
+            break
+        deaths += 1
+    await shop.until("select count(*) from derived_log", 59)
+    assert deaths == 3
+    assert await applied(shop) == good
+    assert await shop.db.fetchval("select error_class from tailrace.held") == "worker.errors.WorkerDied"
+
+
+async def test_what_fails_keeps_its_order_while_workers_are_killed(shop: Project) -> None:
+    await ready(shop)
+    chance = random.Random(5)
+    worker = await shop.worker()
+    statuses = ["poison" if chance.random() < 0.05 else "new" for _ in range(1_200)]
+    writing = asyncio.create_task(write(shop, statuses, customers=20), name="test: writing")
+    for _ in range(3):
+        await asyncio.sleep(chance.uniform(0.5, 1.5))
+        await worker.kill()
+        worker = await shop.worker(wait=False)
+    good = await writing
+    await shop.until("select count(*) from tailrace.held where status = 'dead'", statuses.count("poison"), 60)
+    await shop.until("select count(*) from derived_log", statuses.count("new"), 60)
+    assert await applied(shop) == good
