@@ -123,7 +123,10 @@ class Applying:
 
     async def _changes(self, turn: Turn, batch: Sequence[Read], blocked: Blocked) -> None:
         """Call a change handler with each change once, in order; later ones of a held key wait."""
-        unreadable = await self._unreadable(turn, batch) if turn.careful else {}
+        unreadable: dict[Position, Failure] = {}
+        readable: dict[Position, Item] = {}
+        if turn.careful:
+            await self._read_each(turn, batch, readable, unreadable)
         free: list[Read] = []
         verdicts: list[_Verdict] = []
         for read in batch:
@@ -138,7 +141,7 @@ class Applying:
             await self.whole(self.changes_call(turn), items)
             turn.progress.applied += len(items)
         else:
-            items = await self.decoder.changes(turn.session, free)
+            items = [readable[read.position] for read in free]
             outcome = await self.apart(
                 turn,
                 self.changes_call(turn),
@@ -161,23 +164,29 @@ class Applying:
         except Exception as error:
             raise self.trouble(error) from error
 
-    async def _unreadable(self, turn: Turn, batch: Sequence[Read]) -> dict[Position, Failure]:
-        """Find the changes that cannot even be decoded: malformed, or of a table no longer subscribed to."""
-        found: dict[Position, Failure] = {}
+    async def _read_each(
+        self,
+        turn: Turn,
+        batch: Sequence[Read],
+        readable: dict[Position, Item],
+        unreadable: dict[Position, Failure],
+    ) -> None:
+        """Decode, and find what cannot be: malformed, or of a table no longer subscribed to."""
         try:
             async with turn.session.begin_nested():
-                await self.decoder.changes(turn.session, batch)
+                items = await self.decoder.changes(turn.session, batch)
         except Exception as error:
             if len(batch) > 1:
                 middle = len(batch) // 2
-                return await self._unreadable(turn, batch[:middle]) | await self._unreadable(
-                    turn, batch[middle:]
-                )
+                await self._read_each(turn, batch[:middle], readable, unreadable)
+                await self._read_each(turn, batch[middle:], readable, unreadable)
+                return
             failure = self.judge(error)
             if failure is None:
                 raise LaneBlockedError from error
-            found[batch[0].position] = failure
-        return found
+            unreadable[batch[0].position] = failure
+        else:
+            readable.update({item.read.position: item for item in items})
 
     async def _hold(self, turn: Turn, kept: Kept, failure: Failure | None, *, at_once: bool = False) -> None:
         if failure is not None:
@@ -241,7 +250,8 @@ class Applying:
             judge=lambda _, error: self.judge(error),
             identity=identity,
             spoilers=turn.spoilers,
-            together=turn.together and self.handler.wants_list,
+            together=turn.together,
+            singly=not self.handler.wants_list,
         )
         size = self.handler.batch or MOST_AT_ONCE
         for start in range(0, len(items), size):
@@ -319,6 +329,7 @@ class Applying:
             identity=lambda _: ("held", row.id),
             spoilers={},
             together=False,
+            singly=False,
         )
         await isolation.apply([row])
         return isolation.outcome.failed[0][1] if isolation.outcome.failed else None

@@ -5,6 +5,7 @@ savepoints, so that only the guilty wait and the innocent are applied in the sam
 """
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -12,12 +13,16 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.change import Change, Context
+from worker.database import sqlstate_of
 from worker.registry import Handler
 from worker.retries import Failure, Policy
 from worker.sessions import acting_as, handler_session
 
 Item = TypeVar("Item")
 
+SEGMENT = 64
+"""Changes in one savepoint: when one of them fails, those before it are called again."""
+_IN_FAILED_TRANSACTION = "25P02"
 _AT_ONCE = text("set constraints all immediate")
 _AT_COMMIT = text("set constraints all deferred")
 
@@ -98,7 +103,11 @@ class Outcome(Generic[Item]):
 
 
 class Isolation(Generic[Item]):
-    """Applies a batch with savepoints, halving what fails, until the guilty stand alone."""
+    """Applies a batch with savepoints, so that only the guilty fail.
+
+    Where the items are called one by one, the guilty is known: those before it are applied again without it.
+    Where they are called together, what fails is halved until the guilty stands alone.
+    """
 
     def __init__(
         self,
@@ -110,6 +119,7 @@ class Isolation(Generic[Item]):
         identity: Callable[[Item], object],
         spoilers: Mapping[object, Failure],
         together: bool,
+        singly: bool,
     ) -> None:
         self._session = session
         self._call = call
@@ -117,7 +127,11 @@ class Isolation(Generic[Item]):
         self._judge = judge
         self._identity = identity
         self._spoilers = spoilers
-        self._together = together
+        self._most = (SEGMENT if singly else sys.maxsize) if together else 1
+        self._singly = singly
+        self._guilty: dict[object, Failure] = {}
+        self._reached: int | None = None
+        """Which item of the segment is being called; None where nobody knows."""
         self._ended = False
         self.outcome: Outcome[Item] = Outcome()
 
@@ -128,27 +142,38 @@ class Isolation(Generic[Item]):
             LaneBlockedError: the database is away.
             TransactionSpoiltError: apply them again in a new transaction, with this spoiler known.
         """
-        free = [item for item in items if not self._holds_back(item)]
-        if not free:
-            return
-        if len(free) > 1 and not self._together:
-            for item in free:
-                await self.apply([item])
-            return
-        if len(free) == 1 and (known := self._spoilers.get(self._identity(free[0]))) is not None:
-            # Whatever comes after may do the same, and all done so far would be undone once more.
-            self._ended = True
-            self._fail(free[0], known)
-            return
-        if self._ended:
-            self.outcome.untried += free
-            return
+        rest = list(items)
+        while rest := [item for item in rest if not self._holds_back(item)]:
+            if self._ended:
+                self.outcome.untried += rest
+                return
+            if (known := self._known(rest[0])) is not None:
+                # What comes after a spoiler may do the same, and all done so far would be undone once more.
+                self._ended = self._identity(rest[0]) in self._spoilers
+                self._fail(rest.pop(0), known)
+                continue
+            segment = self._segment(rest)
+            rest = [*await self._try(segment), *rest[len(segment) :]]
+
+    def _known(self, item: Item) -> Failure | None:
+        identity = self._identity(item)
+        return self._spoilers.get(identity) or self._guilty.get(identity)
+
+    def _segment(self, items: Sequence[Item]) -> Sequence[Item]:
+        for n, item in enumerate(items[: self._most]):
+            if self._known(item) is not None:
+                return items[:n]
+        return items[: self._most]
+
+    async def _try(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Apply items in one savepoint; return those that are to be tried again."""
+        self._reached = None
         try:
-            await self._in_savepoint(free)
+            await self._in_savepoint(items)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is judged
-            await self._after_failure(free, error)
-        else:
-            self.outcome.applied += free
+            return await self._after_failure(items, error)
+        self.outcome.applied += items
+        return ()
 
     def _holds_back(self, item: Item) -> bool:
         """Put an item behind a failed one of its keys."""
@@ -160,25 +185,35 @@ class Isolation(Generic[Item]):
 
     async def _in_savepoint(self, items: Sequence[Item]) -> None:
         async with self._session.begin_nested():
-            await self._call(items)
+            if self._singly:
+                for n, item in enumerate(items):
+                    self._reached = n
+                    await self._call([item])
+                self._reached = None
+            else:
+                await self._call(items)
             connection = await self._session.connection()
             # A deferred constraint would fail at COMMIT, when nobody knows whose fault it is.
             await connection.execute(_AT_ONCE)
             await connection.execute(_AT_COMMIT)
 
-    async def _after_failure(self, items: Sequence[Item], error: Exception) -> None:
-        failure = self._judge(items[0], error)
+    async def _after_failure(self, items: Sequence[Item], error: Exception) -> Sequence[Item]:
+        # An earlier call may have swallowed the error that made the transaction useless for this one.
+        reached = None if sqlstate_of(error) == _IN_FAILED_TRANSACTION else self._reached
+        reached = 0 if len(items) == 1 else reached
+        guilty = None if reached is None else items[reached]
+        failure = self._judge(items[reached or 0], error)
         if failure is None:
             raise LaneBlockedError from error
         if not await self._usable():
-            spoiler = self._identity(items[0]) if len(items) == 1 else None
+            spoiler = None if guilty is None else self._identity(guilty)
             raise TransactionSpoiltError(spoiler, failure) from error
-        if len(items) == 1:
-            self._fail(items[0], failure)
-            return
+        if guilty is not None:
+            self._guilty[self._identity(guilty)] = failure
+            return items
         middle = len(items) // 2
         await self.apply(items[:middle])
-        await self.apply(items[middle:])
+        return items[middle:]
 
     async def _usable(self) -> bool:
         if not self._session.in_transaction() or not self._session.is_active:

@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 
 FIRST_BATCH = 32
 SLOW_PASS_SECONDS = 2.0
+CAREFUL_PASSES = 16
 MOST_TRIES = 50
 """Transactions of one pass, each with more care than the one before."""
 
@@ -68,6 +69,7 @@ class Drain:
         self._limits = limits
         self._batch = batch
         self._most = min(batch, FIRST_BATCH)
+        self._careful = 0
         self._suspicions: dict[Lane, Suspicion] = {}
 
     def suspect(self, lane: Lane, worker: str) -> None:
@@ -99,14 +101,16 @@ class Drain:
             self._most = min(self._batch, self._most * 2)
 
     async def _until_applied(self, lane: Lane) -> Progress:
-        careful, together = False, True
+        # After a failure others are likely: a pass with care costs less than two passes.
+        careful, together = self._careful > 0, True
+        self._careful -= careful
         spoilers: dict[object, Failure] = {}
         for _ in range(MOST_TRIES):
             try:
                 progress, generation = await self._pass(lane, careful, together, spoilers)
                 return await self._after_commit(lane, generation, progress)
             except CallFailedError:
-                careful = True
+                careful, self._careful = True, CAREFUL_PASSES
             except TransactionSpoiltError as spoilt:
                 careful = True
                 if spoilt.spoiler is None:
