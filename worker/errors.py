@@ -7,6 +7,8 @@ TailraceError
 ├── MalformedChange         a payload that is no change
 ├── MissingValueError       a handler asked for a value that the change does not carry (a KeyError too)
 ├── SessionMisuse           a handler tried to end or replace the worker's transaction
+├── HandlerExit             a handler ended by something that is no Exception, or cancelled itself
+├── HandlerStuck            a handler does not end, not even when it is cancelled
 ├── WorkerDied              a call has ended its worker's process, again and again
 └── Verdict                 what a handler says about its change; not a failure of the worker
     ├── RetryLater          hold the change, call again after so many seconds
@@ -60,6 +62,14 @@ class MissingValueError(TailraceError, KeyError):
 
 class SessionMisuse(TailraceError):  # noqa: N818 - says what the handler did
     """A handler tried to commit, roll back, close or begin on the session the worker lent to it."""
+
+
+class HandlerExit(TailraceError):  # noqa: N818 - says what happened
+    """A handler raised SystemExit or the like, or cancelled its own task."""
+
+
+class HandlerStuck(TailraceError):  # noqa: N818 - says what happened
+    """A handler that swallows its cancellation was left behind, and its session closed."""
 
 
 class WorkerDied(TailraceError):  # noqa: N818 - says what happened

@@ -12,7 +12,15 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from worker.database import is_conflict, is_lost, sqlstate_of
-from worker.errors import GiveUp, MissingValueError, RetryLater, SessionMisuse, WorkerDied
+from worker.errors import (
+    GiveUp,
+    HandlerExit,
+    HandlerStuck,
+    MissingValueError,
+    RetryLater,
+    SessionMisuse,
+    WorkerDied,
+)
 
 MOST_TEXT = 8_000
 """Characters of an error or traceback that are kept."""
@@ -64,6 +72,16 @@ RULES: tuple[Rule, ...] = (
         _is(SessionMisuse),
         Answer.BACKOFF,
         "Handlers never commit, roll back or close their session: the worker does, with the position.",
+    ),
+    Rule(
+        _is(HandlerExit),
+        Answer.BACKOFF,
+        "Handlers neither end the process nor cancel themselves: let them return, or raise an exception.",
+    ),
+    Rule(
+        _is(HandlerStuck),
+        Answer.BACKOFF,
+        "The handler swallows asyncio.CancelledError: it must pass it on, or its `timeout` cannot end it.",
     ),
     Rule(
         _is(MissingValueError),

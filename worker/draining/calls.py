@@ -4,7 +4,6 @@ A call is first tried for the whole batch at once. Where that fails the batch is
 savepoints, so that only the guilty wait and the innocent are applied in the same transaction.
 """
 
-import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -14,6 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.change import Change, Context
 from worker.database import sqlstate_of
+from worker.draining.guard import Watch, guarded
+from worker.errors import HandlerStuck
 from worker.registry import Handler
 from worker.retries import Failure, Policy
 from worker.sessions import acting_as, handler_session
@@ -67,23 +68,33 @@ class Caller:
 
     async def keys(self, session: AsyncSession, keys: Sequence[Any]) -> None:
         """Call a derive handler with the keys whose rows changed."""
-        await self._call(session, list(keys), None)
+        await self._guarded(session, [(list(keys), None)])
 
     async def changes(
         self, session: AsyncSession, changes: Sequence[Change], name: Callable[[Change], str]
     ) -> None:
         """Call a change handler: with the list where it wants one, else once for each change."""
         if self.handler.wants_list:
-            await self._call(session, list(changes), None)
-            return
-        for change in changes:
-            await self._call(session, change, name(change))
+            await self._guarded(session, [(list(changes), None)])
+        else:
+            await self._guarded(session, [(change, name(change)) for change in changes])
+
+    async def _guarded(self, session: AsyncSession, calls: Sequence[tuple[object, str | None]]) -> None:
+        async def work(watch: Watch) -> None:
+            for argument, idempotency_key in calls:
+                await watch.call(self._call(session, argument, idempotency_key))
+
+        try:
+            await guarded(self._timeout, work, self.handler.name)
+        except HandlerStuck:
+            await session.invalidate()
+            raise
 
     async def _call(self, session: AsyncSession, argument: object, idempotency_key: str | None) -> None:
         arguments: list[object] = []
         if self.handler.wants_context:
             arguments.append(self._context(idempotency_key))
-        async with asyncio.timeout(self._timeout), acting_as(session, self.handler):
+        async with acting_as(session, self.handler):
             await self.handler.function(argument, handler_session(session), *arguments)
             # What the handler left in the unit of work is part of its call, and may fail like it.
             await session.flush()

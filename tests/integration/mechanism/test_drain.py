@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.mechanism.bench import Bench, at_once, item
 from worker import Change, GiveUp, Handlers, RetryLater
+from worker.draining import guard
 from worker.draining.passes import Pass
 from worker.lanes import Content, Lane
 
@@ -193,7 +194,74 @@ async def _slow(_: AsyncSession) -> None:
     await asyncio.sleep(10)
 
 
-@pytest.mark.parametrize("fault", [fail, _sql_error, _swallowed, _wrong_type, _deferred, _slow_sql, _slow])
+async def _exit(_: AsyncSession) -> None:
+    raise SystemExit(3)
+
+
+class _Odd(BaseException):
+    pass
+
+
+async def _odd(_: AsyncSession) -> None:
+    raise _Odd
+
+
+async def _cancelled(_: AsyncSession) -> None:
+    raise asyncio.CancelledError
+
+
+async def _cancels_itself(_: AsyncSession) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await asyncio.sleep(60)
+
+
+async def _commits(session: AsyncSession) -> None:
+    await session.commit()
+
+
+async def _never_ends(_: AsyncSession) -> None:
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if _released:
+                raise
+
+
+_released: list[bool] = []
+FAULTS = [
+    fail,
+    _sql_error,
+    _swallowed,
+    _wrong_type,
+    _deferred,
+    _slow_sql,
+    _slow,
+    _exit,
+    _odd,
+    _cancelled,
+    _cancels_itself,
+    _commits,
+    _never_ends,
+]
+
+
+@pytest.fixture
+async def _left_behind(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Let what is left behind end with the test."""
+    monkeypatch.setattr(guard, "GRACE_SECONDS", 0.2)
+    _released.clear()
+    yield
+    _released.append(True)
+    for task in list(guard._left_behind):
+        task.cancel()
+    await asyncio.gather(*guard._left_behind, return_exceptions=True)
+
+
+@pytest.mark.usefixtures("_left_behind")
+@pytest.mark.parametrize("fault", FAULTS)
 async def test_only_the_guilty_wait(at: Bench, on: Handlers, faults: Faults, fault: Fault) -> None:
     await at.load(on)
     faults.by_note["bad"] = fault
