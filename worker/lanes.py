@@ -13,6 +13,7 @@ Keys, all below the prefix `WORKER_QUEUE`:
     {prefix}:{generation}:parking              hash: lane -> count of the entry up to which it is to be parked
     {prefix}:claims                            hash: lane -> worker that drains it, or `queued:<ms>`, then
                                                a `!` where the worker before has died
+    {prefix}:reached                           up to where the log was read, see reading/reached.py
     {prefix}:calls                             hash: lane -> note of a call, see draining/notes.py
     {prefix}:worker:{id}                       key with a time to live: this worker is alive
     {prefix}:bell:{id}, {prefix}:jobs          pub/sub: a lane of this worker has news; arq's queue has a job

@@ -5,6 +5,7 @@ slot stands; the slot moves only past commits that every lane has passed in Post
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -19,7 +21,7 @@ from worker import gaps, lease, positions
 from worker.backfill import Backfills
 from worker.change import Position
 from worker.lane_writer import LaneWriter
-from worker.reading import layout, record
+from worker.reading import layout, reached, record
 from worker.reading.ground import CANARY, Ground, backfill
 from worker.reading.intake import Intake
 from worker.reading.journal import Journal
@@ -77,7 +79,7 @@ class ProvenReading:
         self._published: Fingerprint | None = None
         self._server: Server
         self._slot: SlotState | None = None
-        self._read_to = 0
+        self._read_to = self._reached = 0
         self._advanced = (0, 0.0)
         self._busy = False
         self._lag: float | None = None
@@ -132,7 +134,9 @@ class ProvenReading:
         name = self._ground.settings.slot
         slot, server = await read_slot(connection, name), await read_server(connection)
         await connection.rollback()
-        judgement = judge(slot, server, remembered.slot)
+        lanes = self._ground.lanes
+        read_before = await self._ground.in_redis(lambda: reached.read(lanes, server.system_identifier))
+        judgement = judge(slot, server, remembered.slot, reached=read_before)
         if judgement.finding == "foreign":
             raise RereadError(judgement.reason, seconds=5.0)
         if judgement.finding == "lost":
@@ -158,7 +162,12 @@ class ProvenReading:
         async with ground.engine.begin() as connection:
             since = await lease.live_since(connection)
             if missed:
-                await record.restart_at(connection, start, new_history=_restored(remembered, server))
+                await record.restart_at(
+                    connection,
+                    start,
+                    anew=switched or _another_cluster(remembered, server),
+                    new_history=judgement.finding == "history" or _restored(remembered, server),
+                )
             greatest = await positions.greatest(connection)
             # All commits below the slot are passed by every lane; none is beyond it: nothing is under way.
             settled = greatest <= floor
@@ -233,6 +242,8 @@ class ProvenReading:
         finally:
             self._live = False
             await self._reader.close()
+            # The end of a server's log is often the last that is seen of that server.
+            await self._note_reached(self._read_to)
 
     async def _read(self) -> None:
         journal, intake = self.journal, self._intake
@@ -303,9 +314,18 @@ class ProvenReading:
             # Nobody can while we stream. Our own next target would hide it from the next start.
             raise RereadError("the replication slot was moved by somebody else")
         await self._compare(published)
+        if read_to != self._reached:
+            await self._note_reached(read_to)
         await self._advance(read_to)
         if self.journal is not None:
             await self.journal.check()
+
+    async def _note_reached(self, read_to: int) -> None:
+        # The journal tells when Redis is away.
+        with contextlib.suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(1):
+                await reached.note(self._ground.lanes, self._server.system_identifier, read_to)
+            self._reached = read_to
 
     async def _compare(self, published: Fingerprint | None) -> None:
         ours = set(self._ground.tables)
@@ -386,6 +406,11 @@ def _restored(remembered: record.Remembered, server: Server) -> bool:
         server.system_identifier,
         server.timeline,
     )
+
+
+def _another_cluster(remembered: record.Remembered, server: Server) -> bool:
+    known = remembered.slot
+    return known is not None and known.system_identifier != server.system_identifier
 
 
 def _target(start: int, remembered: record.Remembered) -> int:

@@ -32,7 +32,9 @@ _PUBLISHED = text(
     "update tailrace.source set published = cast(:published as jsonb) where lease_token = :token"
 )
 _FORWARD = text(
-    "update tailrace.lanes set lsn = :lsn, ordinal = -1, arrived_lsn = null, arrived_ordinal = null"
+    "update tailrace.lanes set lsn = case when :anew or lsn < :lsn then :lsn else lsn end,"
+    " ordinal = case when :anew or lsn < :lsn then -1 else ordinal end,"
+    " arrived_lsn = null, arrived_ordinal = null"
 )
 _NOTED = text("update tailrace.source set noted_lsn = :lsn, noted_ordinal = -1")
 _FORGET = text(
@@ -100,9 +102,17 @@ async def set_published(connection: AsyncConnection, token: str, published: Fing
     await connection.execute(_PUBLISHED, {"token": token, "published": document})
 
 
-async def restart_at(connection: AsyncConnection, lsn: int, *, new_history: bool) -> None:
-    """Put every lane where the slot is, waiting for those being drained: what was before is a gap."""
-    await connection.execute(_FORWARD, {"lsn": lsn})
+async def restart_at(connection: AsyncConnection, lsn: int, *, anew: bool = False, new_history: bool) -> None:
+    """Put every lane where the slot is, waiting for those being drained: what was before is a gap.
+
+    Args:
+        connection: commits it.
+        lsn: of the slot.
+        anew: positions from before say nothing of this log. Otherwise a lane that is further stays there:
+            it would apply again what it has applied.
+        new_history: whatever has the history's name in it must differ from now on.
+    """
+    await connection.execute(_FORWARD, {"lsn": lsn, "anew": anew})
     await connection.execute(_NOTED, {"lsn": lsn})
     if new_history:
         await connection.execute(_HISTORY)
@@ -111,7 +121,7 @@ async def restart_at(connection: AsyncConnection, lsn: int, *, new_history: bool
 async def forget(connection: AsyncConnection) -> None:
     """Go back to plain delivery: positions begin anew."""
     await connection.execute(_FORGET)
-    await restart_at(connection, 0, new_history=True)
+    await restart_at(connection, 0, anew=True, new_history=True)
 
 
 async def positions(engine: AsyncEngine) -> dict[Lane, Position]:

@@ -170,17 +170,20 @@ async def read_slot(connection: AsyncConnection, name: str) -> SlotState | None:
     )
 
 
-def judge(slot: SlotState | None, server: Server, recorded: Recorded | None) -> Judgement:
+def judge(
+    slot: SlotState | None, server: Server, recorded: Recorded | None, *, reached: int = 0
+) -> Judgement:
     """Judge whether everything since the last record can still be read.
 
     Args:
         slot: as it is now.
         server: as it is now.
         recorded: as written down before; None at the very first start.
+        reached: LSN up to which the log of this cluster was read, as remembered outside the database.
     """
     if slot is None:
         return Judgement("missing", "the replication slot does not exist")
-    return _unusable(slot) or _discontinuous(slot, server, recorded) or Judgement("fine", "")
+    return _unusable(slot) or _discontinuous(slot, server, recorded, reached) or Judgement("fine", "")
 
 
 def _unusable(slot: SlotState) -> Judgement | None:
@@ -193,7 +196,9 @@ def _unusable(slot: SlotState) -> Judgement | None:
     return None
 
 
-def _discontinuous(slot: SlotState, server: Server, recorded: Recorded | None) -> Judgement | None:
+def _discontinuous(
+    slot: SlotState, server: Server, recorded: Recorded | None, reached: int
+) -> Judgement | None:
     if recorded is None:
         return None
     if recorded.system_identifier != server.system_identifier:
@@ -201,6 +206,12 @@ def _discontinuous(slot: SlotState, server: Server, recorded: Recorded | None) -
     if recorded.timeline != server.timeline:
         reason = (
             f"the database was restored or failed over (timeline {recorded.timeline} to {server.timeline})"
+        )
+        return Judgement("history", reason)
+    if server.flushed < reached:
+        reason = (
+            f"the database was restored: its log ends at {as_text(server.flushed)},"
+            f" and was read up to {as_text(reached)} before"
         )
         return Judgement("history", reason)
     if slot.confirmed > recorded.target:

@@ -18,23 +18,38 @@ _SETTINGS = """
 [databases]
 * = host={host} port={port} user={user} password={password}
 [pgbouncer]
-listen_addr = 127.0.0.1
+listen_addr = {address}
 listen_port = {listen}
 unix_socket_dir =
 auth_type = any
 pool_mode = transaction
-default_pool_size = 5
+default_pool_size = {size}
 ignore_startup_parameters = extra_float_digits
 """
 
 
 @asynccontextmanager
-async def pooled(url: str) -> AsyncIterator[str]:
-    """Run PgBouncer; gives the URL of the same database behind it."""
+async def pooled(
+    url: str, *, address: str = "127.0.0.1", port: int | None = None, size: int = 5
+) -> AsyncIterator[str]:
+    """Run PgBouncer; gives the URL of the same database behind it.
+
+    Args:
+        url: of the database.
+        address: of this machine's loopback network.
+        port: one that is free if not given.
+        size: connections to the database.
+    """
     parts = urlsplit(url)
-    listen = free_port()
+    listen = port or free_port()
     written = _SETTINGS.format(
-        host=parts.hostname, port=parts.port, user=parts.username, password=parts.password, listen=listen
+        host=parts.hostname,
+        port=parts.port,
+        user=parts.username,
+        password=parts.password,
+        address=address,
+        listen=listen,
+        size=size,
     )
     with tempfile.TemporaryDirectory() as folder:
         settings = _write(Path(folder), written)
@@ -43,7 +58,7 @@ async def pooled(url: str) -> AsyncIterator[str]:
             command[1:1] = ["-u", pwd.getpwnam("nobody").pw_name]
         process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
         try:
-            pooler = f"postgresql://{parts.username}@127.0.0.1:{listen}{parts.path}"
+            pooler = f"postgresql://{parts.username}@{address}:{listen}{parts.path}"
             await _until_it_answers(pooler)
             yield pooler
         finally:

@@ -78,6 +78,15 @@ def test_what_may_be_read_on_and_what_is_a_gap(
     assert bool(judgement.reason) is (finding != "fine")
 
 
+def test_a_log_that_ends_before_what_was_read_of_it_is_another_history() -> None:
+    assert judge(FINE, HERE, RECORDED, reached=HERE.flushed).finding == "fine"
+    judgement = judge(FINE, HERE, RECORDED, reached=HERE.flushed + 1)
+    assert judgement.finding == "history"
+    assert judgement.reason == (
+        "the database was restored: its log ends at 0/7D0, and was read up to 0/7D1 before"
+    )
+
+
 async def test_a_slot_is_made_found_and_dropped(log: Log) -> None:
     async with log.engine.connect() as connection:
         assert await read_slot(connection, "wal_other") is None
