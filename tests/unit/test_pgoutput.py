@@ -250,6 +250,20 @@ def test_a_message_cut_short_is_refused_without_telling_values(message: bytes, d
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("length", [0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 30, 6])
+def test_a_length_beyond_the_message_is_refused_whatever_its_sign(length: int) -> None:
+    # 1 GB is the most that Postgres's values have; a length is no reason to ask for memory.
+    damaged = b"I" + struct.pack(">I", 1) + b"N" + struct.pack(">H", 3) + b"nnt" + struct.pack(">I", length)
+    with pytest.raises(MalformedChange):
+        decode(begin(), relation(), damaged + b"short")
+
+
+def test_a_value_of_many_megabytes_is_read_whole() -> None:
+    value = bytes(range(256)) * (1 << 17)
+    *_, change = decode(begin(), relation(), insert([b"1", value, None]))
+    assert change.new == [b"1", value, None]
+
+
 @given(st.binary(max_size=200))
 def test_noise_is_refused_or_read_but_never_fails_otherwise(noise: bytes) -> None:
     decoder = Decoder()

@@ -14,7 +14,7 @@ from sqlalchemy import column, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.catalogue import Catalogue, ColumnInfo, Table
-from worker.change import RawChange
+from worker.change import Column, LogChange, RawChange, encode_columns
 from worker.registry import Handlers
 from worker.routing import Router, Routes, lane_of
 
@@ -383,6 +383,71 @@ def test_truncate_is_for_those_that_ask_and_concerns_every_lane() -> None:
     deriving = router(lambda on: on.derive("orders", by="customer_id", all_keys=known)).route(truncate)
     assert [(routed.keys, routed.lanes) for routed in deriving.matched] == [((), every)]
     assert keys(router(lambda on: on.change("orders")).route(truncate)) == []
+
+
+# Tables that are altered.
+
+
+def logged(*columns: Column, name: str = "orders", oid: int = 1, **values: bytes) -> RawChange:
+    """Make an INSERT of the log."""
+    row = [values[column.name] for column in columns]
+    listed = encode_columns(columns)
+    return RawChange.of_log(LogChange("public", name, "INSERT", listed, row, None, 0, 1, 1, 0, oid))
+
+
+def test_a_renamed_key_is_the_same_key_and_found_by_what_the_log_says() -> None:
+    by_key = router(lambda on: on.change("orders", name="one"))
+    before = logged(Column("id", "int8"), id=b"1")
+    after = logged(Column("number", "int8", key=True), number=b"1")
+    assert not by_key.is_strange(before)
+    assert by_key.is_strange(after)
+    assert keys(by_key.route(before)) == keys(by_key.route(after)) == ['["public.orders","1"]']
+    lost = by_key.route(logged(Column("number", "int8"), number=b"1"))
+    assert reason(lost) == (
+        'the primary key needs "id", which public.orders does not have (dropped or renamed?)'
+    )
+
+
+def test_a_renewed_catalogue_is_followed_at_once_and_the_old_picture_is_kept() -> None:
+    name = ("public", "orders")
+    catalogue = Catalogue({name: table()}, publication_exists=True)
+    by_key = router(lambda on: on.change("orders", name="one"), catalogue=catalogue)
+    old, new = logged(Column("id", "int8"), id=b"1"), logged(Column("number", "text"), number=b"n1")
+    assert keys(by_key.route(old)) == ['["public.orders","1"]']
+    number = ColumnInfo("number", "text", "text")
+    renewed = Table("public", "orders", 1, {"number": number}, ("number",), "full", frozenset({"number"}))
+    catalogue.renew(Catalogue({name: renewed}, publication_exists=True))
+    assert not by_key.is_strange(new)
+    assert keys(by_key.route(new)) == ['["public.orders","n1"]']
+    assert by_key.is_strange(old)
+    by_key.acquaint(old)
+    assert not by_key.is_strange(old)
+    assert keys(by_key.route(old)) == ['["public.orders","1"]']
+
+
+def test_a_column_that_the_table_has_no_more_is_not_taken_for_unchanged() -> None:
+    types = {name: column.type for name, column in COLUMNS.items() if name != "status"}
+    row = without(ROW, "status")
+    changed = payload("UPDATE", row, row, types=types)
+    route = router(lambda on: on.update("orders", columns=["status"])).route
+    assert reason(route(changed)) == (
+        'columns= needs "status", which public.orders does not have (dropped or renamed?)'
+    )
+
+
+def test_a_table_under_another_name_is_noticed_by_its_object_id() -> None:
+    catalogue = Catalogue({("public", "orders"): table()}, publication_exists=True)
+    by_key = router(lambda on: on.change("orders", name="one"), catalogue=catalogue)
+    renamed = by_key.route(logged(Column("id", "int8"), name="purchases", id=b"1"))
+    assert reason(renamed) == "public.orders was renamed to public.purchases"
+    assert renamed.followed_as == ("public", "orders")
+    stranger = by_key.route(logged(Column("id", "int8"), name="purchases", oid=2, id=b"1"))
+    assert (stranger.matched, stranger.filtered, stranger.unroutable) == ([], [], [])
+    # Another table has taken its place: the old one is nobody's any more.
+    successor = Table("public", "orders", 2, COLUMNS, ("id",), "full", frozenset(COLUMNS))
+    catalogue.renew(Catalogue({("public", "orders"): successor}, publication_exists=True))
+    gone = by_key.route(logged(Column("id", "int8"), name="orders_old", id=b"1"))
+    assert not gone.unroutable
 
 
 # Lanes and keys for any values.

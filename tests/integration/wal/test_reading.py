@@ -166,6 +166,45 @@ async def test_interleaved_transactions_come_one_after_the_other_as_they_committ
     assert positions == sorted(positions)
 
 
+async def test_subtransactions_are_one_transaction_in_order(log: Log, kind: Kind) -> None:
+    # More than the 64 that a session keeps in memory; every third is rolled back.
+    async with log.reading(kind) as reading:
+        await log.db.execute(
+            "do $$ begin for n in 1..150 loop begin"
+            "  insert into orders values (n);"
+            "  begin update orders set note = 'inner' where id = n; exception when others then null; end;"
+            "  if n % 3 = 0 then raise exception 'back'; end if;"
+            "  exception when others then null; end; end loop; end $$"
+        )
+        rows = await reading.count(200)
+    kept = [str(n).encode() for n in range(1, 151) if n % 3]
+    assert [brief(row) for row in rows] == [
+        one for number in kept for one in (("INSERT", number), ("UPDATE", number))
+    ]
+    assert [position.ordinal for position, _ in reading.changes] == list(range(200))
+    assert len({position.lsn for position, _ in reading.changes}) == 1
+
+
+async def test_changes_from_another_server_and_messages_in_the_log(log: Log, kind: Kind) -> None:
+    origin = f"elsewhere_{log.slot}_{kind}"
+    await log.db.execute("select pg_replication_origin_create($1)", origin)
+    try:
+        async with log.reading(kind) as reading:
+            await log.db.execute("select pg_replication_origin_session_setup($1)", origin)
+            await log.db.execute("insert into orders values (1)")
+            await log.db.execute("select pg_replication_origin_session_reset()")
+            async with log.db.transaction():
+                await log.db.execute("insert into orders values (2)")
+                await log.db.execute("select pg_logical_emit_message(true, 'test', 'with the commit')")
+                await log.db.execute("select pg_logical_emit_message(false, 'test', 'at once')")
+                await log.db.execute("insert into orders values (3)")
+            rows = await reading.count(3)
+    finally:
+        await log.db.execute("select pg_replication_origin_drop($1)", origin)
+    assert [brief(row)[1] for row in rows] == [b"1", b"2", b"3"]
+    assert [position.ordinal for position, _ in reading.changes] == [0, 0, 1]
+
+
 async def test_own_tables_are_left_out_but_counted_and_the_canary_comes(log: Log, kind: Kind) -> None:
     await log.db.execute(
         "create schema tailrace; create table tailrace.lanes (id int primary key);"

@@ -269,6 +269,12 @@ async def test_prepared_transactions_come_when_they_are_committed(own: Servers) 
         await log.db.execute("commit prepared 'one'")
         rows = await reading.count(2)
         assert [(row.record or {})["id"] for row in rows] == [b"2", b"1"]
+        positions = [position for position, _ in reading.changes]
+        assert positions == sorted(positions)
+        await reading.close()
+        async with log.reading("windows") as windows:
+            await windows.count(2)
+        assert [position for position, _ in windows.changes] == positions
 
 
 @pytest.mark.slow
