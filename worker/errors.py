@@ -9,6 +9,8 @@ TailraceError
 ├── SessionMisuse           a handler tried to end or replace the worker's transaction
 ├── HandlerExit             a handler ended by something that is no Exception, or cancelled itself
 ├── HandlerStuck            a handler does not end, not even when it is cancelled
+├── TokenRefused            a token that is not to be trusted
+├── KeysUnavailable         the public keys that would tell are not to be had
 ├── WorkerDied              a call has ended its worker's process, again and again
 └── Verdict                 what a handler says about its change; not a failure of the worker
     ├── RetryLater          hold the change, call again after so many seconds
@@ -70,6 +72,24 @@ class HandlerExit(TailraceError):  # noqa: N818 - says what happened
 
 class HandlerStuck(TailraceError):  # noqa: N818 - says what happened
     """A handler that swallows its cancellation was left behind, and its session closed."""
+
+
+class TokenRefused(TailraceError):  # noqa: N818 - says what became of the token
+    """A token that is not to be trusted. Carries nothing of the token.
+
+    Attributes:
+        kind: one or two words for a program: `expired`, `signature`, `audience`, …
+        reason: the rest of a sentence that begins with "The token is refused:".
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        self.kind = kind
+        self.reason = reason
+        super().__init__(f"the token is refused: {reason}")
+
+
+class KeysUnavailable(TailraceError):  # noqa: N818 - a state of the project, not a defect of the token
+    """The project's public keys cannot be had, and without them nobody can tell whether a token is good."""
 
 
 class WorkerDied(TailraceError):  # noqa: N818 - says what happened

@@ -1,6 +1,7 @@
-"""HTTP of the processes: health now; what else answers over HTTP has its place beside it."""
+"""HTTP of the processes: health, and whose request it is; what else answers has its place beside them."""
 
+from worker.web.bearer import Bearer
 from worker.web.health import StatusProvider, health_app
 from worker.web.serving import Served, serve
 
-__all__ = ["Served", "StatusProvider", "health_app", "serve"]
+__all__ = ["Bearer", "Served", "StatusProvider", "health_app", "serve"]
