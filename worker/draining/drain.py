@@ -21,6 +21,7 @@ from worker.database import explain, is_away, is_conflict, is_locked
 from worker.draining import parking
 from worker.draining.applying import Applying
 from worker.draining.calls import Caller, CallFailedError, LaneBlockedError, TransactionSpoiltError
+from worker.draining.chain import is_hole
 from worker.draining.items import Decoder
 from worker.draining.meetings import Meeting, meet, other_lanes
 from worker.draining.notes import Notes, Suspicion
@@ -303,10 +304,9 @@ class Drain:
         An entry names the one before it. In plain delivery nobody can read a lost one again: the hole is
         recorded as a gap, in the transaction that passes it, and derive handlers are backfilled for it.
         """
-        before, floor, hole = turn.row.position, str(turn.source.floor), False
+        before, hole = turn.row.position, False
         for read in reads:
-            previous = read.entry.previous
-            hole = hole or (previous != floor and Position.parse(previous) > before)
+            hole = hole or is_hole(before, Position.parse(read.entry.previous), turn.source.floor)
             before = read.position
         if hole and turn.source.delivery == "proven":
             raise _HoleError

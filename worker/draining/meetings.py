@@ -7,10 +7,13 @@ greater id, so no circle can form. Derive handlers need no meeting: each lane co
 """
 
 import enum
+from collections.abc import Collection
 
 from worker import positions
+from worker.change import Position
 from worker.draining.passes import Turn
 from worker.lanes import Lane, Read
+from worker.positions import LaneRow
 
 
 class Meeting(enum.Enum):
@@ -27,6 +30,21 @@ class Meeting(enum.Enum):
 def other_lanes(read: Read, lane: Lane) -> list[int]:
     """List the lanes of a change besides this one, in order."""
     return sorted(set(read.entry.lanes) - {lane.number})
+
+
+def judge(at: Position, others: int, rows: Collection[LaneRow]) -> Meeting:
+    """Judge by the rows of the other lanes how things stand with a change. Pure.
+
+    Args:
+        at: where the change stands.
+        others: how many other lanes it has.
+        rows: of those that are locked here.
+    """
+    if any(row.position >= at for row in rows):
+        return Meeting.MISSED
+    if len(rows) == others and all(row.arrived == at for row in rows):
+        return Meeting.READY
+    return Meeting.WAITING
 
 
 async def meet(turn: Turn, read: Read) -> Meeting:
@@ -49,8 +67,4 @@ async def meet(turn: Turn, read: Read) -> Meeting:
     if lane.number > others[0]:
         return Meeting.WAITING
     rows = await positions.lock_others(session, lane.handler, others)
-    if any(row.position >= at for row in rows.values()):
-        return Meeting.MISSED
-    if len(rows) == len(others) and all(row.arrived == at for row in rows.values()):
-        return Meeting.READY
-    return Meeting.WAITING
+    return judge(at, len(others), rows.values())
