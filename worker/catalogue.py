@@ -70,6 +70,7 @@ class Table:
         identity_columns: columns that old records carry: the key's, all, the index's, none.
         row_security: row-level security is enabled.
         published: the publication covers it.
+        earlier_keys: column names of the primary keys that it had before, as far as somebody wrote them down.
     """
 
     schema: str
@@ -81,6 +82,7 @@ class Table:
     identity_columns: frozenset[str]
     row_security: bool = False
     published: bool = True
+    earlier_keys: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
 
     @property
     def sql_name(self) -> str:

@@ -49,7 +49,8 @@ def key_of(tables: Sequence[Table], columns: Sequence[Column]) -> tuple[str, ...
     """Name the columns of the primary key as they were called when a change was written.
 
     Where no picture tells, what the log itself says of it; of several columns it does not tell the order, and
-    is not believed. Without either it is today's, which the change then does not carry.
+    is not believed. Then what was written down of earlier keys. Without any of these it is today's, which the
+    change then does not carry.
     """
     table = written_under(tables, columns)
     if table is not None:
@@ -57,4 +58,8 @@ def key_of(tables: Sequence[Table], columns: Sequence[Column]) -> tuple[str, ...
     said = tuple(column.name for column in columns if column.key)
     if len(said) == 1:
         return said
+    names = {column.name for column in columns}
+    for earlier in (key for table in tables for key in table.earlier_keys):
+        if earlier and names.issuperset(earlier):
+            return earlier
     return tables[0].primary_key if tables else ()

@@ -116,6 +116,23 @@ async def test_columns_and_types_altered_between_changes(shop: Shop) -> None:
     await shop.no_gap()
 
 
+async def test_a_key_renamed_while_nobody_listens_is_still_the_key(shop: Shop) -> None:
+    await shop.run("insert into orders values (1, 7, 10)")
+    await shop.next()
+    for process in shop.made.processes:
+        await process.kill()
+    shop.made.processes.clear()
+    await shop.run("insert into orders values (2, 7, 5); delete from orders where id = 1")
+    await shop.run("alter table orders rename id to number; insert into orders values (3, 8, 5)")
+    listener = await shop.made.listener(wait=False)
+    await listener.said("listening")
+    await shop.made.worker()
+    found = {(kind, key) for _, kind, key, _ in [await shop.next() for _ in range(3)]}
+    assert found == {("INSERT", "(2,)"), ("DELETE", "(1,)"), ("INSERT", "(3,)")}
+    await shop.settled()
+    await shop.no_gap()
+
+
 async def test_another_primary_key_is_followed(shop: Shop) -> None:
     await shop.run("insert into notes values (1, 'a')")
     assert (await shop.next())[2] == "(1,)"

@@ -1,5 +1,7 @@
 """Which picture of a table a change was written under."""
 
+from dataclasses import replace
+
 import pytest
 
 from worker.catalogue import Catalogue, ColumnInfo, Table
@@ -53,6 +55,9 @@ def test_the_key_is_that_of_the_picture_else_what_the_log_says_else_todays() -> 
     assert key_of([NOW, BEFORE], old) == ("id",)
     assert key_of([NOW], old) == ("id",)
     assert key_of([NOW], [Column("id", "int4"), Column("mood", "text")]) == ("number",)
+    earlier = replace(NOW, earlier_keys=(("number",), ("code",), ("id",)))
+    assert key_of([earlier], [Column("id", "int4"), Column("mood", "text")]) == ("id",)
+    assert earlier == NOW  # it is no reason to look anew
     # Of two columns the log does not tell the order.
     assert key_of([NOW], [Column("a", "int4", key=True), Column("b", "int4", key=True)]) == ("number",)
     assert key_of([], old) == ("id",)

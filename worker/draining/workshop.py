@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import structlog
@@ -34,6 +35,7 @@ from worker.registry import Handler
 from worker.retries import Backoff, Policy
 from worker.schema_watch import SchemaWatch
 from worker.supabase import SupabaseClients
+from worker.wal.publication import recorded_keys
 from worker.web import health_app, serve
 
 log = structlog.get_logger(__name__)
@@ -55,6 +57,10 @@ async def load_handlers(
     tables = {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
     async with engine.connect() as connection:
         catalogue = await read_catalogue(connection, settings.publication, tables)
+        keys = await recorded_keys(connection)
+    catalogue.tables = {
+        name: replace(table, earlier_keys=keys.get(name, ())) for name, table in catalogue.tables.items()
+    }
     problems = loader.validate(handlers, catalogue, delivery, publication=settings.publication)
     if problems:
         raise ConfigurationError(problems)

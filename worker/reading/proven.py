@@ -5,7 +5,6 @@ slot stands; the slot moves only past commits that every lane has passed in Post
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
@@ -13,7 +12,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
-from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -29,7 +27,7 @@ from worker.reading.slot_rule import slot_target
 from worker.realtime import RealtimeSource
 from worker.source import Gap, RereadError, SourceHealth
 from worker.wal.failures import SlotLostError, SlotMissingError, WalError
-from worker.wal.publication import Fingerprint, interrupted, read_fingerprint, returned
+from worker.wal.publication import Fingerprint, interrupted, read_fingerprint, returned, with_earlier_keys
 from worker.wal.reader import Reader, Transport, choose_transport, open_reader
 from worker.wal.slot import (
     Judgement,
@@ -111,7 +109,8 @@ class ProvenReading:
             remembered = await record.read(connection)
             await connection.rollback()
             start, server, judgement = await self._find_slot(connection, remembered)
-            self._published = await read_fingerprint(connection, settings.publication)
+            published = await read_fingerprint(connection, settings.publication)
+            self._published = with_earlier_keys(remembered.published, published)
         self._server = server
         await self._begin_generation(start, server, judgement, remembered)
         # A commit to begin with: a backfill needs one to stand behind. Before there is a reader to be closed.
@@ -165,8 +164,8 @@ class ProvenReading:
                 await record.restart_at(
                     connection,
                     start,
-                    anew=switched or _another_cluster(remembered, server),
-                    new_history=judgement.finding == "history" or _restored(remembered, server),
+                    anew=switched or record.another_cluster(remembered, server),
+                    new_history=judgement.finding == "history" or record.another_history(remembered, server),
                 )
             greatest = await positions.greatest(connection)
             # All commits below the slot are passed by every lane; none is beyond it: nothing is under way.
@@ -182,7 +181,7 @@ class ProvenReading:
                 settled=settled,
             )
             await lease.set_generation(connection, self._token, writer.generation, floor)
-            target = _target(start, remembered) if judgement.finding == "fine" else start
+            target = record.first_target(remembered, start) if judgement.finding == "fine" else start
             await record.begin(connection, self._token, target, server, self._published)
             await self._gaps_of_start(connection, cause if missed else None, remembered, since)
             noted = (await record.read(connection)).noted
@@ -300,7 +299,9 @@ class ProvenReading:
         async with ground.engine.connect() as connection:
             server = await read_server(connection)
             self._slot = await read_slot(connection, settings.slot)
-            published = await read_fingerprint(connection, settings.publication)
+            published = with_earlier_keys(
+                self._published, await read_fingerprint(connection, settings.publication)
+            )
             reread, recorded = (
                 await connection.execute(text("select reread, slot_target from tailrace.source"))
             ).one()
@@ -321,10 +322,7 @@ class ProvenReading:
             await self.journal.check()
 
     async def _note_reached(self, read_to: int) -> None:
-        # The journal tells when Redis is away.
-        with contextlib.suppress(RedisError, OSError, TimeoutError):
-            async with asyncio.timeout(1):
-                await reached.note(self._ground.lanes, self._server.system_identifier, read_to)
+        if await reached.note(self._ground.lanes, self._server.system_identifier, read_to):
             self._reached = read_to
 
     async def _compare(self, published: Fingerprint | None) -> None:
@@ -397,22 +395,3 @@ class ProvenReading:
             "transport": self._transport.kind,
             "lag_seconds": self._lag,
         }
-
-
-def _restored(remembered: record.Remembered, server: Server) -> bool:
-    """Tell whether this is another history; a restored database has mostly lost its slot as well."""
-    known = remembered.slot
-    return known is not None and (known.system_identifier, known.timeline) != (
-        server.system_identifier,
-        server.timeline,
-    )
-
-
-def _another_cluster(remembered: record.Remembered, server: Server) -> bool:
-    known = remembered.slot
-    return known is not None and known.system_identifier != server.system_identifier
-
-
-def _target(start: int, remembered: record.Remembered) -> int:
-    """Give what to record: a move that was under way when reading ended may come to pass only now."""
-    return start if remembered.slot is None else max(start, remembered.slot.target)

@@ -5,16 +5,28 @@ same timeline: nothing in it tells that it has been further. A log that ends bef
 does. Redis remembers that place; as a hint: without it such a database looks like one that was restarted.
 """
 
+import asyncio
+
+from redis.exceptions import RedisError
+
 from worker.lanes import Lanes
+
+NOTE_SECONDS = 1.0
+"""It is noted on the way out, too, and must not hold that up."""
 
 
 def _key(lanes: Lanes) -> str:
     return f"{lanes.prefix}:reached"
 
 
-async def note(lanes: Lanes, system_identifier: str, lsn: int) -> None:
-    """Remember up to where the log of this cluster has been read."""
-    await lanes.raw("SET", _key(lanes), f"{system_identifier} {lsn}")
+async def note(lanes: Lanes, system_identifier: str, lsn: int) -> bool:
+    """Remember up to where the log of this cluster has been read; False where Redis is away."""
+    try:
+        async with asyncio.timeout(NOTE_SECONDS):
+            await lanes.raw("SET", _key(lanes), f"{system_identifier} {lsn}")
+    except (RedisError, OSError, TimeoutError):
+        return False  # the journal tells
+    return True
 
 
 async def read(lanes: Lanes, system_identifier: str) -> int:

@@ -55,6 +55,25 @@ class Remembered(NamedTuple):
     """Up to here what has no entry in any lane is written down."""
 
 
+def another_history(remembered: Remembered, server: Server) -> bool:
+    """Tell whether this is another history; a restored database has mostly lost its slot as well."""
+    known = remembered.slot
+    return known is not None and (known.system_identifier, known.timeline) != (
+        server.system_identifier,
+        server.timeline,
+    )
+
+
+def another_cluster(remembered: Remembered, server: Server) -> bool:
+    """Tell whether positions of before are those of another log."""
+    return remembered.slot is not None and remembered.slot.system_identifier != server.system_identifier
+
+
+def first_target(remembered: Remembered, start: int) -> int:
+    """Give what to record: a move that was under way when reading ended may come to pass only now."""
+    return start if remembered.slot is None else max(start, remembered.slot.target)
+
+
 async def read(connection: AsyncConnection) -> Remembered:
     """Read what was recorded; the slot is None where there has been none yet."""
     row = (await connection.execute(_READ)).one()

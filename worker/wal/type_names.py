@@ -1,8 +1,8 @@
 """Names of types by oid: the log describes columns by oid, changes by pg_type.typname.
 
 Read from the catalogue, all at once, and again when an oid comes that it did not have. A type that is gone
-from the catalogue keeps the name that the log itself gives; one that was renamed keeps its old one for a while,
-which is no matter: what people have made is told apart by oid (see worker/schemas.py).
+from the catalogue keeps the name that the log itself gives; one that was renamed keeps its old one for a
+while, which is no matter: what people have made is told apart by oid (see worker/schemas.py).
 """
 
 from collections.abc import Iterable, Mapping
