@@ -52,7 +52,8 @@ def canonicalizer(type_name: str, form: Form = "json") -> Canonicalizer:
     """Give the function behind `canonical` for one type; for the hot path of routing.
 
     Both forms of a value have the same canonical text, but for composites and hstore, which json writes as
-    objects. The text form takes None for NULL.
+    objects: whoever makes keys for one handler uses the form of its source (see kept_keys.py). Changing the
+    delivery begins all lanes anew, and with them such keys. The text form takes None for NULL.
     """
     return _of_text(type_name) if form == "text" else _of_json(type_name)
 
