@@ -115,8 +115,8 @@ class Tunables(BaseSettings):
     delivery: Literal["auto", "proven", "plain"] = _setting(
         "WORKER_DELIVERY",
         default="auto",
-        reason="Source of the payloads: `plain` is Realtime, `proven` the write-ahead log, which is a"
-        " preview; `auto` is `plain` until it is more than that.",
+        reason="Source of the payloads: `proven` is the write-ahead log, `plain` is Realtime; `auto` is"
+        " `proven` wherever the database's user may have a replication slot, else `plain`.",
     )
     lanes: int = _setting(
         "WORKER_LANES",

@@ -331,6 +331,8 @@ def _settings(database_url: str, redis_url: str, supabase_url: str, handlers: st
         "WORKER_LOG_LEVEL": "info",
         "WORKER_QUEUE": f"test{next(_numbers)}",
         "WORKER_CANARY_SECONDS": "1",
+        # A slot belongs to the whole server, which projects share: who wants proven delivery says so.
+        "WORKER_DELIVERY": "plain",
     }
 
 

@@ -54,7 +54,7 @@ class Position(_Pair):
         Raises:
             ValueError: not two numbers with a dash between.
         """
-        lsn, ordinal = text.split("-")
+        lsn, _, ordinal = text.partition("-")  # the ordinal of a boundary is -1, with a dash of its own
         return cls(int(lsn), int(ordinal))
 
     def __str__(self) -> str:

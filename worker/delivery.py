@@ -14,19 +14,25 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(wanted: Wanted, *, allowed: bool = True, why_not: str = "") -> Choice:
-    """Choose the delivery.
+def choose(wanted: Wanted, *, allowed: bool = True, why_not: str = "", taken: str = "") -> Choice:
+    """Choose the delivery: proven wherever it can be had, unless plain is asked for.
 
     Args:
         wanted: value of WORKER_DELIVERY.
-        allowed: whether the database's user may have a replication slot.
+        allowed: whether the database's user may have the replication slot.
         why_not: why it may not, with the remedy.
+        taken: why a slot of that name is not ours, or empty. Who asks for proven delivery waits for it.
 
     Raises:
         ConfigurationError: what is wanted cannot be had.
     """
-    if wanted == "proven" and not allowed:
+    if wanted == "plain":
+        return Choice("plain", "WORKER_DELIVERY=plain")
+    if wanted == "auto" and allowed and taken:
+        allowed, why_not = False, taken
+    if allowed:
+        can = ": the database allows the replication slot" if wanted == "auto" else ""
+        return Choice("proven", f"WORKER_DELIVERY={wanted}{can}")
+    if wanted == "proven":
         raise ConfigurationError([f"WORKER_DELIVERY=proven: {why_not}"])
-    if wanted == "auto":
-        return Choice("plain", "WORKER_DELIVERY=auto: proven delivery is a preview, and must be asked for")
-    return Choice(wanted, f"WORKER_DELIVERY={wanted}")
+    return Choice("plain", f"WORKER_DELIVERY=auto, and proven delivery cannot be had: {why_not}")

@@ -135,7 +135,7 @@ class Listener:
         reading: Reading = PlainReading(ground, token)
         if self._choice.delivery == "proven":
             reading = ProvenReading(ground, token)
-        await reading.begin()
+        await ground.holding(token, reading.begin())
         try:
             self._reading = reading
             self._reread_reason = None
@@ -204,6 +204,11 @@ class Listener:
             reasons = ["standing by: another listener is active" if self._standing_by else waiting]
         return not reasons, reasons
 
+    def notes(self) -> list[str]:
+        """Tell what is no reason to be unready: which delivery it is and why, and what has happened to it."""
+        chosen = f"{self._choice.delivery} delivery: {self._choice.reason}"
+        return [chosen, *(self._reading.notes() if self._reading else [])]
+
     async def status(self) -> dict[str, Any]:
         """Tell everything that `/status` shows."""
         ready, reasons = await self.ready()
@@ -213,6 +218,7 @@ class Listener:
             state["handlers"][name]["filtered"] += count
             state["handlers"][name]["read"] += count
         health = reading.realtime() if reading else _NO_REALTIME
+        missed, extra = (reading.compared() if reading else None) or (None, None)
         return state | {
             "delivery": self._choice.delivery,
             "reason": self._choice.reason,
@@ -222,8 +228,8 @@ class Listener:
             "realtime": {
                 "connected": health.connected,
                 "subscribed": health.subscribed,
-                "missed": None,
-                "extra": None,
+                "missed": missed,
+                "extra": extra,
                 "lag_seconds": health.lag_seconds,
                 "canary_seconds": health.canary_seconds,
             },

@@ -29,7 +29,7 @@ from worker.jobs import announce, cancel_until_done, settle_memory
 from worker.lanes import Lane
 from worker.listener import Listener
 from worker.queue import PatientRedis, connection_pool
-from worker.wal.slot import read_permission
+from worker.wal.slot import judge, read_permission, read_server, read_slot
 from worker.web import health_app, serve
 
 if TYPE_CHECKING:
@@ -88,7 +88,15 @@ async def _choose(settings: Settings, engine: AsyncEngine) -> delivery.Choice:
     """Choose the delivery by what is wanted and what the database allows."""
     async with engine.connect() as connection:
         permission = await read_permission(connection, settings.slot)
-    return delivery.choose(settings.delivery, allowed=permission.allowed, why_not=permission.reason)
+        judgement = judge(
+            await read_slot(connection, settings.slot), await read_server(connection), recorded=None
+        )
+    return delivery.choose(
+        settings.delivery,
+        allowed=permission.allowed,
+        why_not=permission.reason,
+        taken=judgement.reason if judgement.finding == "foreign" else "",
+    )
 
 
 class Waiting:
@@ -113,6 +121,10 @@ class Waiting:
     async def ready(self) -> tuple[bool, list[str]]:
         """Tell whether the process can do its work."""
         return await self._listener.ready() if self._listener else (False, [self._reason])
+
+    def notes(self) -> list[str]:
+        """Tell what else there is to know."""
+        return self._listener.notes() if self._listener else []
 
     async def status(self) -> dict[str, object]:
         """Tell everything that is known."""

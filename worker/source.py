@@ -34,7 +34,7 @@ class SourceHealth(NamedTuple):
     canary_seconds: float | None
     """Age in seconds of the last canary that came back; None before the first."""
     lag_seconds: float | None
-    """Commit to arrival of the last change, in seconds."""
+    """Seconds from writing the last canary to its return, or since then while it is out; None at first."""
 
 
 class Source(Protocol):

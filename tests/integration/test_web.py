@@ -33,6 +33,9 @@ class Told:
             await self.never.wait()
         return self.readiness
 
+    def notes(self) -> list[str]:
+        return ["it is told"]
+
     async def status(self) -> dict[str, Any]:
         if self.broken:
             raise RuntimeError("password=hunter2 is in this text")
@@ -52,7 +55,7 @@ async def test_a_live_and_ready_process_answers_200() -> None:
     async with asked(Told()) as client:
         live, ready = await client.get("/livez"), await client.get("/readyz")
     assert (live.status_code, live.json()) == (200, {"live": True, "reasons": []})
-    assert (ready.status_code, ready.json()) == (200, {"ready": True, "reasons": []})
+    assert (ready.status_code, ready.json()) == (200, {"ready": True, "reasons": [], "notes": ["it is told"]})
     assert ready.headers["cache-control"] == "no-store"
 
 
@@ -65,7 +68,11 @@ async def test_what_is_wrong_is_503_with_every_reason() -> None:
     assert (live.status_code, live.json()["reasons"]) == (503, ["the listener's loop stands"])
     assert (ready.status_code, ready.json()) == (
         503,
-        {"ready": False, "reasons": ["Redis cannot be reached", "no subscription"]},
+        {
+            "ready": False,
+            "reasons": ["Redis cannot be reached", "no subscription"],
+            "notes": ["it is told"],
+        },
     )
 
 

@@ -49,6 +49,10 @@ def test_zero_is_below_all_positions() -> None:
     assert Position(0, 1) > Position.ZERO
 
 
+def test_a_boundary_reads_back_too() -> None:
+    assert Position.parse(str(Position(7, -1))) == Position(7, -1)
+
+
 @pytest.mark.parametrize("bad", ["", "1", "1-2-3", "a-b", "1-"])
 def test_a_bad_position_is_refused(bad: str) -> None:
     with pytest.raises(ValueError, match=r"."):

@@ -197,16 +197,16 @@ def test_a_canary_comes_back() -> None:
     assert canary.written("one", Written(1.0, at(1))) is None
     assert canary.waiting(4.0, 0.0) == 3.0
     assert canary.waiting(4.0, 3.5) == 0.5
-    returned = canary.seen("one")
+    returned = canary.seen("one", 5.0)
     assert returned is not None
     assert returned == (at(1), False)
     assert canary.waiting(9.0, 0.0) == 0.0
-    assert canary.seen("one") is None
+    assert canary.seen("one", 5.0) is None
 
 
 def test_a_canary_may_be_faster_than_its_statement() -> None:
     canary = Canary()
-    assert canary.seen("one") is None
+    assert canary.seen("one", 5.0) is None
     assert canary.written("one", Written(1.0, at(1))) == (at(1), False)
     assert canary.waiting(9.0, 0.0) == 0.0
 
@@ -215,8 +215,8 @@ def test_an_overtaken_canary_tells_of_a_loss() -> None:
     canary = Canary()
     for number in range(3):
         canary.written(str(number), Written(float(number), at(number)))
-    assert canary.seen("1") == (at(1), True)
-    assert canary.seen("2") == (at(2), False)
+    assert canary.seen("1", 5.0) == (at(1), True)
+    assert canary.seen("2", 5.0) == (at(2), False)
 
 
 def test_a_new_socket_owes_nothing() -> None:
@@ -224,7 +224,7 @@ def test_a_new_socket_owes_nothing() -> None:
     canary.written("one", Written(1.0, at(1)))
     canary.reset()
     assert canary.waiting(99.0, 0.0) == 0.0
-    assert canary.seen("one") is None
+    assert canary.seen("one", 5.0) is None
     assert canary.last is None
 
 

@@ -15,8 +15,8 @@ from worker.wal.slot import SlotState, judge, read_permission, read_server, read
 
 async def examine_delivery(settings: Settings) -> list[Finding]:
     """Return what is to be said of WORKER_DELIVERY. Plain delivery asks nothing of the database."""
-    if settings.delivery != "proven":
-        choice = choose(settings.delivery)
+    if settings.delivery == "plain":
+        choice = choose("plain")
         return [Finding("delivery", "ok", f"{choice.delivery} ({choice.reason})")]
     try:
         return await _examine(settings)
@@ -34,19 +34,24 @@ async def _examine(settings: Settings) -> list[Finding]:
             judgement = judge(slot, await read_server(connection), None)
     finally:
         await engine.dispose()
+    foreign = judgement.reason if judgement.finding == "foreign" else ""
     try:
-        choice = choose("proven", allowed=permission.allowed, why_not=permission.reason)
+        choice = choose(
+            settings.delivery, allowed=permission.allowed, why_not=permission.reason, taken=foreign
+        )
     except ConfigurationError as error:
         detail, _, remedy = error.problems[0].partition(": run ")
         return [Finding("delivery", "problem", detail, f"run {remedy}" if remedy else "")]
-    if judgement.finding == "foreign":
-        return [Finding("delivery", "problem", judgement.reason)]
+    if choice.delivery == "plain":
+        return [Finding("delivery", "ok", f"plain ({choice.reason})")]
+    if foreign:
+        return [Finding("delivery", "problem", foreign)]
     try:
         transport = await choose_transport(url, direct.get_secret_value() if direct else None)
     except WalError as error:
         return [Finding("delivery", "problem", f"the log cannot be read: {error}")]
     how = "streamed" if transport.kind == "stream" else "read in windows by SQL"
-    found = [Finding("delivery", "ok", f"proven, a preview ({choice.reason}); log {how}: {transport.reason}")]
+    found = [Finding("delivery", "ok", f"proven ({choice.reason}); log {how}: {transport.reason}")]
     if slot is not None:
         found.append(_slot(slot, lost=judgement.reason if judgement.finding == "lost" else ""))
     return found

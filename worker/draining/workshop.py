@@ -150,6 +150,10 @@ class Workshop:
             return False, ["Postgres or Redis cannot be reached: see the log"]
         return True, []
 
+    def notes(self) -> list[str]:
+        """Tell what else there is to know: nothing."""
+        return []
+
     async def status(self) -> dict[str, Any]:
         """Tell what this worker has done."""
         ready, reasons = await self.ready()

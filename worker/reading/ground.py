@@ -17,8 +17,10 @@ from worker.backfill import Backfills
 from worker.catalogue import Catalogue
 from worker.database import explain, is_away
 from worker.lanes import Lane, Lanes, LeaseLostError
+from worker.reading.crosscheck import CrossCheck
 from worker.reading.journal import Journal
 from worker.reading.schema import Schema
+from worker.realtime import RealtimeSource
 from worker.registry import Handler
 from worker.source import Gap, RereadError, SourceHealth
 
@@ -47,6 +49,8 @@ class Ground:
     tables: tuple[tuple[str, str], ...] = field(init=False)
     """All tables of the handlers, as (schema, table)."""
     schema: Schema = field(init=False)
+    crosscheck: CrossCheck = field(init=False, default_factory=CrossCheck)
+    """Its totals outlive a reading."""
 
     def __post_init__(self) -> None:
         tables = {(one.schema, one.table) for handler in self.handlers for one in handler.subscriptions}
@@ -81,6 +85,30 @@ class Ground:
                 self.alive()
                 await asyncio.sleep(AGAIN_SECONDS)
 
+    async def holding(self, token: str, step: Awaitable[None]) -> None:
+        """Take a step that may take long, and renew the lease meanwhile.
+
+        Raises:
+            LeaseLostError: another listener has taken over; the step is cancelled.
+        """
+        work = asyncio.ensure_future(step)
+        told = False
+        try:
+            while not (await asyncio.wait({work}, timeout=lease.RENEW_SECONDS))[0]:
+                try:
+                    await lease.renew(self.engine, token, None)
+                except Exception as error:
+                    if not is_away(error):
+                        raise
+                self.alive()
+                if not told:
+                    log.info("the start takes long: it may wait for open transactions, or for Redis")
+                    told = True
+            work.result()
+        finally:
+            work.cancel()
+            await asyncio.wait({work})
+
     async def record(self, gap: Gap) -> None:
         """Record a gap, waiting for Postgres as long as it takes."""
         tables = [table for table in gap.tables if table != CANARY]
@@ -96,9 +124,24 @@ class Ground:
 
         await self.in_postgres(write)
 
-    async def write_canary(self) -> str:
+    def realtime(
+        self, write_canary: Callable[[], Awaitable[str]], *, doorbell: bool = False
+    ) -> RealtimeSource:
+        """Make a source of what Realtime sends for all tables."""
+        settings = self.settings
+        return RealtimeSource(
+            settings.realtime_url,
+            settings.service_role_key.get_secret_value(),
+            self.tables,
+            write_canary,
+            canary_seconds=settings.canary_seconds,
+            publication=settings.publication,
+            doorbell=doorbell,
+        )
+
+    async def write_canary(self, token: str = "") -> str:
         """Change the canary's row; returns what must come back."""
-        token = lease.new_name()
+        token = token or lease.new_name()
         async with self.engine.begin() as connection:
             await connection.execute(
                 text("update tailrace.canary set token = :token, written_at = clock_timestamp()"),
@@ -150,6 +193,14 @@ class Reading(Protocol):
 
     def reasons(self) -> list[str]:
         """Tell why not every commit from now on will be delivered; empty when it will."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Tell what a person should know though it is no reason to be unready."""
+        ...
+
+    def compared(self) -> tuple[int, int] | None:
+        """Count what Realtime left out, and what it sent besides; None where nothing tells."""
         ...
 
 

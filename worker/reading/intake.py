@@ -10,12 +10,14 @@ import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Literal
 
 import structlog
 from redis.exceptions import RedisError
 from sqlalchemy import text
 
 from worker import gaps
+from worker.backfill import Backfills
 from worker.change import Position, RawChange
 from worker.lanes import Backlog, LeaseLostError
 from worker.reading.ground import CANARY, Ground
@@ -34,6 +36,8 @@ _NOTE = text(
 )
 _FILTERED = text("update tailrace.handlers set filtered = filtered + :count where name = :name")
 
+FLUSH = 500
+"""Changes in one script call: more would hold up Redis for everybody."""
 LOOK_CHANGES = 100
 LOOK_BYTES = 4 * 1024 * 1024
 """The backlog is looked at again after so much: its bounds are as exact as that."""
@@ -157,6 +161,18 @@ class Intake:
     async def look(self) -> Backlog:
         """Count what is under way, and have the lanes parked that lag too far behind."""
         return await self._journal.park(lambda backlogs, tops: to_park(backlogs, tops, self._bounds))
+
+    def backfills(self, form: Literal["json", "text"]) -> Backfills:
+        """Make the backfills whose keys go into the same lanes; `form` is how the source writes values."""
+        ground = self._ground
+        return Backfills(
+            ground.engine,
+            ground.handlers,
+            ground.catalogue,
+            self.put_keys,
+            self._journal.until_passed,
+            form=form,
+        )
 
     async def put_keys(self, handler: Handler, keys: Sequence[bytes]) -> None:
         """Write a backfill's keys; live changes go first."""

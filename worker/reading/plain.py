@@ -19,9 +19,8 @@ from worker.change import Position
 from worker.lane_writer import LaneWriter
 from worker.reading import layout, record
 from worker.reading.ground import Ground, backfill
-from worker.reading.intake import Intake
+from worker.reading.intake import FLUSH, Intake
 from worker.reading.journal import Clock, Journal
-from worker.realtime import RealtimeSource
 from worker.source import Gap, SourceHealth
 from worker.wal.slot import drop_slot, terminate_holder
 
@@ -33,8 +32,6 @@ _SERVER = text(
     " from pg_replication_slots where temporary and database = current_database()"
     " and slot_name like :slots), '')"
 )
-FLUSH = 500
-"""Changes in one script call: more would hold up Redis for everybody."""
 
 
 class PlainReading:
@@ -43,15 +40,7 @@ class PlainReading:
     def __init__(self, ground: Ground, token: str) -> None:
         self._ground = ground
         self._token = token
-        settings = ground.settings
-        self._source = RealtimeSource(
-            settings.realtime_url,
-            settings.service_role_key.get_secret_value(),
-            ground.tables,
-            self._write_canary,
-            canary_seconds=settings.canary_seconds,
-            publication=settings.publication,
-        )
+        self._source = ground.realtime(self._write_canary)
         self.journal: Journal | None = None
         self.lanes = 0
         self._intake: Intake
@@ -108,13 +97,7 @@ class PlainReading:
             enqueue=ground.enqueue,
         )
         self._intake = Intake(ground, self.journal, self.lanes, self._token, Position.ZERO)
-        self._backfills = Backfills(
-            ground.engine,
-            ground.handlers,
-            ground.catalogue,
-            self._intake.put_keys,
-            self.journal.until_passed,
-        )
+        self._backfills = self._intake.backfills("json")
 
     async def _write_canary(self) -> str:
         """Write a canary, and see whether Realtime can still have every change.
@@ -236,6 +219,14 @@ class PlainReading:
         """Tell why not every commit from now on will be delivered."""
         trouble = self.journal.trouble if self.journal is not None else "starting"
         return [*([trouble] if trouble is not None else []), *self._source.health().reasons]
+
+    def notes(self) -> list[str]:
+        """There is nothing to note."""
+        return []
+
+    def compared(self) -> None:
+        """There is nothing to compare with."""
+        return
 
     def filtered(self) -> Mapping[str, int]:
         """Count the changes that were filtered out and are not yet noted in Postgres, by handler."""

@@ -13,18 +13,20 @@ from typing import Any
 
 import structlog
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from worker import gaps, lease, positions
 from worker.backfill import Backfills
 from worker.change import Position
 from worker.lane_writer import LaneWriter
-from worker.reading import layout, reached, record
+from worker.reading import foothold, layout, reached, record
+from worker.reading.doorbell import Doorbell
 from worker.reading.ground import CANARY, Ground, backfill
-from worker.reading.intake import Intake
+from worker.reading.intake import FLUSH, Intake
 from worker.reading.journal import Journal
+from worker.reading.retention import endangered as endangered_slot
 from worker.reading.slot_rule import slot_target
-from worker.realtime import RealtimeSource
 from worker.source import Gap, RereadError, SourceHealth
 from worker.wal.failures import SlotLostError, SlotMissingError, WalError
 from worker.wal.publication import Fingerprint, interrupted, read_fingerprint, returned, with_earlier_keys
@@ -34,19 +36,13 @@ from worker.wal.slot import (
     Server,
     SlotState,
     as_text,
-    create_slot,
-    drop_slot,
-    judge,
     read_server,
     read_slot,
-    terminate_holder,
 )
 from worker.wal.type_names import TypeNames
 
 log = structlog.get_logger(__name__)
 
-FLUSH = 500
-"""Changes in one script call: more would hold up Redis for everybody."""
 ADVANCE_SECONDS = 2.0
 IDLE_ADVANCE_SECONDS = 30.0
 """How often the slot moves when nothing but our own writes happens: moving it is a write, too."""
@@ -58,15 +54,7 @@ class ProvenReading:
     def __init__(self, ground: Ground, token: str) -> None:
         self._ground = ground
         self._token = token
-        settings = ground.settings
-        self._realtime = RealtimeSource(
-            settings.realtime_url,
-            settings.service_role_key.get_secret_value(),
-            ground.tables,
-            ground.write_canary,
-            canary_seconds=settings.canary_seconds,
-            publication=settings.publication,
-        )
+        self._doorbell = Doorbell(ground, self._ring)
         self.journal: Journal | None = None
         self.lanes = 0
         self._writer: LaneWriter
@@ -80,7 +68,8 @@ class ProvenReading:
         self._read_to = self._reached = 0
         self._advanced = (0, 0.0)
         self._busy = False
-        self._lag: float | None = None
+        self._endangered = ""
+        self._story = ""
         self._live = False
 
     # Beginning
@@ -95,6 +84,10 @@ class ProvenReading:
             await self._begin()
         except WalError as error:
             raise RereadError(str(error), seconds=1.0) from error
+        except DBAPIError as error:
+            if (again := foothold.to_wait_for(error)) is None:
+                raise
+            raise again from error
 
     async def _begin(self) -> None:
         ground, settings = self._ground, self._ground.settings
@@ -103,18 +96,14 @@ class ProvenReading:
         # Whoever has the lease now reads from the slot: without it we must not end that session.
         await lease.renew(ground.engine, self._token, None)
         self._transport = await choose_transport(url, direct.get_secret_value() if direct else None)
+        start, server, judgement, remembered = await foothold.find(ground)
         async with ground.engine.connect() as connection:
-            await terminate_holder(connection, settings.slot)
-            await connection.rollback()
-            remembered = await record.read(connection)
-            await connection.rollback()
-            start, server, judgement = await self._find_slot(connection, remembered)
             published = await read_fingerprint(connection, settings.publication)
             self._published = with_earlier_keys(remembered.published, published)
         self._server = server
         await self._begin_generation(start, server, judgement, remembered)
         # A commit to begin with: a backfill needs one to stand behind. Before there is a reader to be closed.
-        await ground.write_canary()
+        await self._doorbell.write_canary()
         self._reader = await open_reader(
             self._transport,
             url=direct.get_secret_value() if direct else url,
@@ -125,28 +114,6 @@ class ProvenReading:
         )
         self._read_to = start
         self._advanced = (start, time.monotonic())
-
-    async def _find_slot(
-        self, connection: AsyncConnection, remembered: record.Remembered
-    ) -> tuple[int, Server, Judgement]:
-        """Find out where reading starts, and what is wrong with that; makes the slot where there is none."""
-        name = self._ground.settings.slot
-        slot, server = await read_slot(connection, name), await read_server(connection)
-        await connection.rollback()
-        lanes = self._ground.lanes
-        read_before = await self._ground.in_redis(lambda: reached.read(lanes, server.system_identifier))
-        judgement = judge(slot, server, remembered.slot, reached=read_before)
-        if judgement.finding == "foreign":
-            raise RereadError(judgement.reason, seconds=5.0)
-        if judgement.finding == "lost":
-            await drop_slot(connection, name)
-        if slot is None or judgement.finding == "lost":
-            start = await create_slot(connection, name)
-            log.info("slot made", slot=name, lsn=as_text(start))
-            if remembered.slot is None:
-                judgement = Judgement("fine", "")  # the very first start: handlers begin at the present
-            return start, await read_server(connection), judgement
-        return slot.confirmed, server, judgement
 
     async def _begin_generation(
         self, start: int, server: Server, judgement: Judgement, remembered: record.Remembered
@@ -202,14 +169,7 @@ class ProvenReading:
             enqueue=ground.enqueue,
         )
         self._intake = Intake(ground, self.journal, self.lanes, self._token, noted)
-        self._backfills = Backfills(
-            ground.engine,
-            ground.handlers,
-            ground.catalogue,
-            self._intake.put_keys,
-            self.journal.until_passed,
-            form="text",
-        )
+        self._backfills = self._intake.backfills("text")
 
     async def _gaps_of_start(
         self,
@@ -221,6 +181,7 @@ class ProvenReading:
         ours = set(self._ground.tables)
         if cause is not None:
             log.error("gap", cause=cause, tables=len(ours))
+            self._story = f"gap at the start of this reading: {cause}"
             await gaps.record(connection, cause=cause, tables=sorted(ours), since=since)
             return
         changed = [table for table in interrupted(remembered.published, self._published) if table in ours]
@@ -237,7 +198,7 @@ class ProvenReading:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read(), name="listener: read")
                 group.create_task(backfill(self._backfills), name="listener: backfill")
-                group.create_task(self._hear(), name="listener: realtime")
+                group.create_task(self._doorbell.run(), name="listener: realtime")
         finally:
             self._live = False
             await self._reader.close()
@@ -245,7 +206,7 @@ class ProvenReading:
             await self._note_reached(self._read_to)
 
     async def _read(self) -> None:
-        journal, intake = self.journal, self._intake
+        journal, intake, doorbell = self.journal, self._intake, self._doorbell
         if journal is None:
             raise RuntimeError("begin() comes first")
         try:
@@ -257,7 +218,7 @@ class ProvenReading:
                     staged = 0
                     for position, raw in batch.changes:
                         journal.inside(position)
-                        self._note(raw.commit_timestamp)
+                        doorbell.logged(raw)
                         if (raw.schema, raw.table) != CANARY:
                             self._busy = True
                             if intake.is_strange(raw):
@@ -276,15 +237,8 @@ class ProvenReading:
         except WalError as error:
             raise RereadError(str(error), seconds=0.5) from error
 
-    def _note(self, committed: str | None) -> None:
-        if committed is not None:
-            self._lag = max(0.0, time.time() - datetime.fromisoformat(committed).timestamp())
-
-    async def _hear(self) -> None:
-        """Let Realtime ring: a frame says that there is something to read. What it says is not used."""
-        async with aclosing(self._realtime.read()) as batches:  # type: ignore[type-var] # as above
-            async for _ in batches:
-                self._reader.wake()
+    def _ring(self) -> None:
+        self._reader.wake()
 
     # Looking after
 
@@ -305,6 +259,7 @@ class ProvenReading:
             reread, recorded = (
                 await connection.execute(text("select reread, slot_target from tailrace.source"))
             ).one()
+        self._watch_retention()
         if (server.started_at, server.timeline) != (self._server.started_at, self._server.timeline):
             raise RereadError("Postgres was restarted")
         if reread is not None:
@@ -324,6 +279,14 @@ class ProvenReading:
     async def _note_reached(self, read_to: int) -> None:
         if await reached.note(self._ground.lanes, self._server.system_identifier, read_to):
             self._reached = read_to
+
+    def _watch_retention(self) -> None:
+        endangered = endangered_slot(self._slot) if self._slot is not None else ""
+        if endangered and not self._endangered:
+            log.warning(
+                "the replication slot is in danger", slot=self._ground.settings.slot, reason=endangered
+            )
+        self._endangered = endangered
 
     async def _compare(self, published: Fingerprint | None) -> None:
         ours = set(self._ground.tables)
@@ -375,13 +338,22 @@ class ProvenReading:
 
     def realtime(self) -> SourceHealth:
         """Tell the state of Realtime, which is no reason to be unready here."""
-        return self._realtime.health()
+        return self._doorbell.health()
+
+    def compared(self) -> tuple[int, int]:
+        """Count what Realtime left out, and what it sent besides."""
+        return self._doorbell.compared()
+
+    def notes(self) -> list[str]:
+        """Tell what is wrong with Realtime, and what has been lost before this reading."""
+        return [*([self._story] if self._story else []), *self._doorbell.notes()]
 
     def reasons(self) -> list[str]:
         """Tell why not every commit from now on will be delivered."""
         trouble = self.journal.trouble if self.journal is not None else "starting"
         reading = [] if self._live else ["the replication slot is not being read yet"]
-        return [*([trouble] if trouble is not None else []), *reading]
+        endangered = [self._endangered] if self._endangered else []
+        return [*([trouble] if trouble is not None else []), *reading, *endangered]
 
     def slot(self) -> dict[str, Any] | None:
         """Tell the state of the slot."""
@@ -393,5 +365,7 @@ class ProvenReading:
             "retained_bytes": self._slot.retained_bytes,
             "confirmed_lsn": as_text(self._slot.confirmed),
             "transport": self._transport.kind,
-            "lag_seconds": self._lag,
+            "safe_bytes": self._slot.safe_wal_size,
+            "keep_size": self._slot.keep_size,
+            "lag_seconds": self._doorbell.log_lag(),
         }

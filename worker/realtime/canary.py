@@ -32,10 +32,12 @@ class Canary:
     def __init__(self) -> None:
         self._out: OrderedDict[str, Written] = OrderedDict()
         # The frame may be faster than the return of the statement that caused it.
-        self._early: deque[str] = deque(maxlen=64)
+        self._early: deque[tuple[str, float]] = deque(maxlen=64)
         self._last: Written | None = None
         self.write_trouble = ""
         """Why the last canary could not be written, in words; empty when it could."""
+        self.lag_seconds: float | None = None
+        """How long the last one took, from before it was written to its return; None before the first."""
 
     @property
     def last(self) -> Written | None:
@@ -46,20 +48,21 @@ class Canary:
         """A new socket: what is out cannot come back, and the past proves nothing."""
         self._out.clear()
         self._early.clear()
-        self._last = None
+        self._last = self.lag_seconds = None
 
     def written(self, token: str, written: Written) -> Return | None:
         """A canary is committed; return it when it has already come back."""
         self._out[token] = written
-        if token in self._early:
-            self._early.remove(token)
-            return self.seen(token)
+        for early in self._early:
+            if early[0] == token:
+                self._early.remove(early)
+                return self.seen(*early)
         return None
 
-    def seen(self, token: str) -> Return | None:
+    def seen(self, token: str, clock: float) -> Return | None:
         """A canary's change has arrived; None for one that is not (yet) known to be ours."""
         if token not in self._out:
-            self._early.append(token)
+            self._early.append((token, clock))
             return None
         overtook = next(iter(self._out)) != token
         while True:
@@ -67,6 +70,7 @@ class Canary:
             if name == token:
                 break
         self._last = written
+        self.lag_seconds = max(0.0, clock - written.clock)
         return Return(written.moment, overtook)
 
     def excuse(self) -> None:

@@ -58,6 +58,7 @@ class Ledger:
         buffer: where changes and gaps go.
         timing: the waits.
         now: the wall clock, aware.
+        doorbell: nothing depends on what is received: nothing lost is a gap, and canaries are passed on.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Ledger:
         buffer: Buffer,
         timing: Timing,
         now: Callable[[], datetime],
+        *,
+        doorbell: bool = False,
     ) -> None:
         self.subscriptions = Subscriptions(tables, canary, timing)
         self.continuity = Continuity([table for table in tables if table != canary])
@@ -77,10 +80,9 @@ class Ledger:
         self.is_connected = False
         self.worked = False
         """Whether the last socket did what a socket is for, before it ended."""
-        self.last_commit: tuple[str, datetime] | None = None
-        """Commit timestamp of the last change, as it came, and the moment of its arrival."""
         self.refusals: dict[TableName, tuple[str, float]] = {}
         """Tables of which a change was withheld, with Realtime's error and the clock's reading."""
+        self._doorbell = doorbell
         self._canary_table = canary
         self._timing = timing
         self._withheld: dict[tuple[tuple[TableName, ...], str], _Withheld] = {}
@@ -143,13 +145,13 @@ class Ledger:
                     return
         elif self.refusals and change.type != "DELETE":
             self.refusals.pop(table, None)
-        if change.commit_timestamp is not None:
-            self.last_commit = change.commit_timestamp, self.now()
         if table == self._canary_table:
             token = _token(change)
-            returned = self.canary.seen(token) if token is not None else None
+            returned = self.canary.seen(token, clock) if token is not None else None
             if returned is not None:
                 self._canary_back(returned)
+            if self._doorbell:
+                self.buffer.put(change)
             return
         self.counts.changes += 1
         self.buffer.put(change)
@@ -209,7 +211,11 @@ class Ledger:
     def _withhold(self, tables: tuple[TableName, ...], cause: str, clock: float, **details: int) -> None:
         known = self._withheld.get((tables, cause))
         if known is None:
-            log.warning("change lost", tables=tables_in_words(tables), cause=cause, **details)
+            words = tables_in_words(tables)
+            if self._doorbell:
+                log.warning("change not sent by Realtime", tables=words, cause=cause, **details)
+            else:
+                log.warning("change lost", tables=words, cause=cause, **details)
             self._put(self.continuity.doubtful(tables, self.now(), cause))
             self._withheld[tables, cause] = _Withheld(clock + self._timing.withheld, [])
         elif not known.pending:
@@ -218,6 +224,8 @@ class Ledger:
             known.pending.extend(self.continuity.doubtful(tables, self.now(), cause))
 
     def _put(self, gaps: list[Gap]) -> None:
+        if self._doorbell:
+            return
         self.counts.gaps += len(gaps)
         for gap in gaps:
             log.warning(

@@ -41,12 +41,13 @@ class RealtimeSource:
         publication: named in advice only.
         timing: all other waits.
         buffer: bounds what is read ahead of the consumer.
+        doorbell: what is sent only rings: there are no gaps, and canaries are yielded with the changes.
 
     Raises:
         ValueError: the address is none.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a source is told, once
         self,
         url: str,
         key: str,
@@ -57,12 +58,13 @@ class RealtimeSource:
         publication: str = "supabase_realtime",
         timing: Timing | None = None,
         buffer: Buffer | None = None,
+        doorbell: bool = False,
     ) -> None:
         self._timing = timing or Timing()
         self._address = Address(url, key)
         self._write_canary, self._canary_seconds = write_canary, canary_seconds
         self._publication = publication
-        self._ledger = Ledger(tables, CANARY_TABLE, buffer or Buffer(), self._timing, _now)
+        self._ledger = Ledger(tables, CANARY_TABLE, buffer or Buffer(), self._timing, _now, doorbell=doorbell)
         self._survivor: asyncio.Task[None] | None = None
         self._trouble = f"connecting to Realtime at {self._address.words}"
 
@@ -216,13 +218,10 @@ class RealtimeSource:
         return f"Realtime does not subscribe {tables}: {channel.trouble[:300]}"
 
     def _lag(self) -> float | None:
-        if self._ledger.last_commit is None:
-            return None
-        committed, arrived = self._ledger.last_commit
-        try:
-            return max(0.0, (arrived - datetime.fromisoformat(committed)).total_seconds())
-        except (ValueError, TypeError):
-            return None  # a timestamp of a form we do not know is no reason to have no health
+        """Tell how late Realtime is; a canary that is still out counts for as long as it is out."""
+        canary, now = self._ledger.canary, time.monotonic()
+        waiting = canary.waiting(now, 0.0)
+        return max(canary.lag_seconds or 0.0, waiting) if waiting or canary.lag_seconds is not None else None
 
 
 def _now() -> datetime:

@@ -37,6 +37,7 @@ _SLOT: Final = text(
     from pg_catalog.pg_replication_slots s where s.slot_name = :slot
     """
 )
+_UNLIMITED: Final = text("select pg_catalog.set_config('statement_timeout', '0', true)")
 _CREATE: Final = text("select lsn from pg_catalog.pg_create_logical_replication_slot(:slot, :plugin)")
 _COPY: Final = text("select lsn from pg_catalog.pg_copy_logical_replication_slot(:slot, :copy, false)")
 _CONFIRMED: Final = text(
@@ -243,7 +244,9 @@ async def create_slot(connection: AsyncConnection, name: str) -> int:
     Raises:
         sqlalchemy.exc.DBAPIError: it exists already, or it may not be made (see `read_permission`).
     """
-    # Its transaction must have written nothing before, and ends at once, so as to hold up no other.
+    # Its transaction must have written nothing before, and ends at once, so as to hold up no other. It may
+    # take as long as the oldest open transaction, longer than the limit that hosted projects set for a statement.
+    await connection.execute(_UNLIMITED)
     found = await connection.execute(_CREATE, {"slot": name, "plugin": PLUGIN})
     lsn = int(found.scalar_one())
     await connection.commit()

@@ -38,6 +38,10 @@ class StatusProvider(Protocol):
         """Tell whether the process can do its work now, and if not, each reason with its remedy."""
         ...
 
+    def notes(self) -> list[str]:
+        """Tell what a person should know though it is no reason to be unready; without I/O."""
+        ...
+
     async def status(self) -> dict[str, Any]:
         """Return the full state, as `/status` shows it; values that JSON knows."""
         ...
@@ -68,7 +72,7 @@ def health_app(
     async def readyz(_request: Request) -> Response:
         told = await _in_time(status.ready(), answer_seconds)
         ready, reasons = (False, [told]) if isinstance(told, str) else told
-        return _answer({"ready": ready, "reasons": reasons}, good=ready)
+        return _answer({"ready": ready, "reasons": reasons, "notes": status.notes()}, good=ready)
 
     async def state(_request: Request) -> Response:
         told = await _in_time(status.status(), answer_seconds)
