@@ -53,6 +53,7 @@ class Patients(NamedTuple):
 
     async def tailrace(self, *arguments: str, **settings: str) -> tuple[int, str, str]:
         environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -295,17 +296,24 @@ async def test_proven_delivery_with_a_user_that_may_not_replicate(healthy: Patie
     assert 'alter role "app" replication' in errors
     assert "hunter2" not in errors + json.dumps(found)
     assert plain[0] == 0, plain[1]
+    (chosen,) = [finding for finding in plain[1] if finding["name"] == "delivery"]
+    assert chosen["detail"].startswith("plain (WORKER_DELIVERY=auto, and proven delivery cannot be had: ")
+    assert 'alter role "app" replication' in chosen["detail"]
 
 
 async def test_a_slot_that_is_not_ours(healthy: Patients) -> None:
     await healthy.sql("select pg_create_physical_replication_slot('foreign_one')")
     try:
         found = await healthy.problems(WORKER_DELIVERY="proven", WORKER_SLOT="foreign_one")
+        _, auto = await healthy.check(WORKER_DELIVERY="auto", WORKER_SLOT="foreign_one")
     finally:
         await healthy.sql("select pg_drop_replication_slot('foreign_one')")
     (problem,) = [finding for finding in found if finding["name"] == "delivery"]
     assert "uses the plugin of physical replication, not pgoutput" in problem["detail"]
     assert "WORKER_SLOT" in problem["detail"]
+    (chosen,) = [finding for finding in auto if finding["name"] == "delivery"]
+    assert chosen["detail"].startswith("plain (WORKER_DELIVERY=auto, and proven delivery cannot be had: ")
+    assert "foreign_one" in chosen["detail"]
 
 
 async def test_what_a_slot_keeps(healthy: Patients) -> None:
