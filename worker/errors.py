@@ -5,6 +5,8 @@ TailraceError
 ├── HandlerProblem          one thing wrong in the declaration of one handler; the loader collects them
 ├── FilterError             a filter that cannot be read or does not fit its table
 ├── MalformedChange         a payload that is no change
+├── Refused                 what a person asked for cannot be done; one line that says why
+│   └── Unknown             there is no dead letter, handler or paused key of that name
 ├── MissingValueError       a handler asked for a value that the change does not carry (a KeyError too)
 ├── SessionMisuse           a handler tried to end or replace the worker's transaction
 ├── HandlerExit             a handler ended by something that is no Exception, or cancelled itself
@@ -44,6 +46,14 @@ class FilterError(TailraceError, ValueError):
 
 class MalformedChange(TailraceError, ValueError):  # noqa: N818 - named after what it is about, as the docs do
     """A payload that is no change: not JSON, or without a part every change has. Never carries row values."""
+
+
+class Refused(TailraceError):  # noqa: N818 - says what happened
+    """What a person asked for cannot be done. The text is one line, without row values, and says why."""
+
+
+class Unknown(Refused):
+    """There is no dead letter, handler or paused lane key of that name."""
 
 
 class MissingValueError(TailraceError, KeyError):

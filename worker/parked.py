@@ -33,7 +33,7 @@ _INSERT_KEYS = text(
     " from first where id is null returning id"
 )
 _FIRST = text(
-    "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts from tailrace.held"
+    "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts, redriven from tailrace.held"
     " where handler = :handler and lanes[1] = :lane and status = 'parked' order by id limit :most"
 )
 _OTHERS = text(

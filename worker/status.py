@@ -30,7 +30,14 @@ _HELD = text(
     " extract(epoch from clock_timestamp() - min(held_at))::float8 from tailrace.held"
     " group by handler, status"
 )
-_FIELDS = {"retrying": "held", "parked": "parked", "dead": "dead"}
+# The mark of a paused key counts the changes for which it stands.
+_FIELDS = {"retrying": "held", "parked": "parked", "paused": "parked", "dead": "dead"}
+_FAILURES = text(
+    "select handler, error_class, status, sum(changes)::bigint as changes, sum(attempts)::bigint as attempts,"
+    " extract(epoch from clock_timestamp() - min(held_at))::float8 as oldest_seconds"
+    " from tailrace.held where error_class is not null"
+    " group by handler, error_class, status order by handler, error_class, status limit 200"
+)
 _GAPS = text(
     "select id, since, until, cause, tables, state from tailrace.gaps where state = 'open'"
     " order by id desc limit 50"
@@ -57,6 +64,10 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
             dict(zip(("id", "handler", "table", "state", "keys", "asked_at"), found, strict=True))
             for found in await connection.execute(_BACKFILLS)
         ]
+        failures = [
+            {**found, "status": _FIELDS[found["status"]]}
+            for found in (await connection.execute(_FAILURES)).mappings()
+        ]
         active = await lease.holder(connection)
     workers = await _from_redis(lanes, row[1], handlers)
     return {
@@ -67,6 +78,7 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
         "version": _version(),
         "listener": active.name if active else None,
         "handlers": handlers,
+        "failures": failures,
         "realtime": {
             "connected": None,
             "subscribed": None,
@@ -104,7 +116,7 @@ async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
             "paused": paused,
         }
     for name, status, changes, seconds in await connection.execute(_HELD):
-        handlers[name][_FIELDS[status]] = changes
+        handlers[name][_FIELDS[status]] += changes
         if status == "parked":
             handlers[name]["lag_seconds"] = seconds
     return handlers

@@ -86,7 +86,7 @@ create table tailrace.held (
   keys            text[] not null,
   lsn             bigint not null,
   ordinal         bigint not null,
-  status          text not null default 'retrying' check (status in ('retrying', 'parked', 'dead')),
+  status          text not null default 'retrying' check (status in ('retrying', 'parked', 'paused', 'dead')),
   source          text not null,
   payload         bytea,
   changes         integer not null default 1,
@@ -100,6 +100,7 @@ create table tailrace.held (
   traceback       text,
   hint            text,
   told_at         timestamptz,
+  redriven        boolean not null default false,
   first_failed_at timestamptz,
   last_failed_at  timestamptz
 );
@@ -107,14 +108,34 @@ comment on table tailrace.held is 'changes that wait: for a retry of their own, 
 comment on column tailrace.held.halts is 'a dead letter that holds back its keys until a person has decided';
 comment on column tailrace.held.waits is 'later changes of its keys wait behind it';
 comment on column tailrace.held.told_at is 'when the hooks for dead letters had been called';
+comment on column tailrace.held.redriven is 'a person has asked for it to be tried again';
+comment on column tailrace.held.status is
+  'paused: no change, but the mark of a lane key that a person has paused; its id is below all others';
 comment on column tailrace.held.keys is
   'lane keys, as JSON arrays of canonical texts; empty for a TRUNCATE, which concerns all of them';
 create index held_by_handler on tailrace.held (handler, id) where waits;
 create index held_of_all_keys on tailrace.held (handler, id) where waits and keys = '{}';
 create index held_by_key on tailrace.held using gin (keys) where waits;
 create index held_parked on tailrace.held (handler, (lanes[1]), id) where status = 'parked';
+create index held_dead on tailrace.held (id) where status = 'dead';
 create index held_due on tailrace.held (next_attempt_at)
   where status = 'retrying' and next_attempt_at is not null;
+
+-- Who decided what about dead letters and lanes. Outlives the handlers it names.
+create table tailrace.audit (
+  id          bigint generated always as identity primary key,
+  at          timestamptz not null default clock_timestamp(),
+  who         text not null,
+  via         text not null check (via in ('command', 'http')),
+  action      text not null check (action in ('redrive', 'discard', 'pause', 'resume')),
+  handler     text not null,
+  dead_letter bigint,
+  lane_key    text,
+  details     jsonb
+);
+comment on column tailrace.audit.details is
+  'of a redrive with an edited record: the values before and after; of a discard: what was discarded';
+create index audit_of_dead_letter on tailrace.audit (dead_letter) where dead_letter is not null;
 
 create table tailrace.gaps (
   id          bigint generated always as identity primary key,
@@ -176,6 +197,6 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Drop the tables, and with them all knowledge of what was applied."""
     op.execute(
-        "drop table tailrace.canary, tailrace.backfills, tailrace.gaps, tailrace.held, tailrace.lanes,"
-        " tailrace.handlers, tailrace.source"
+        "drop table tailrace.canary, tailrace.backfills, tailrace.gaps, tailrace.audit, tailrace.held,"
+        " tailrace.lanes, tailrace.handlers, tailrace.source"
     )

@@ -101,11 +101,14 @@ def words_of_commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def cli() -> dict[str, set[str]]:
-    """The options of each command of `python -m worker`."""
+    """The options of each command of `python -m worker`; of one with commands of its own, by both words."""
     group = typer.main.get_command(app)
     found = {"": {option for parameter in group.params for option in parameter.opts}}
     for name, command in group.commands.items():  # type: ignore[attr-defined] # a group of click's
-        found[name] = {option for parameter in command.params for option in parameter.opts}
+        within = getattr(command, "commands", {})
+        named = {f"{name} {word}": one for word, one in within.items()} or {name: command}
+        for words, one in named.items():
+            found[words] = {option for parameter in one.params for option in parameter.opts}
     return found
 
 
@@ -167,6 +170,8 @@ def test_every_command_that_is_shown_exists_with_its_options() -> None:
     for page, words in words_of_commands():
         match words:
             case ["python", "-m", "worker", command, *rest] | ["tailrace", command, *rest]:
+                if command not in commands and rest:
+                    command, rest = f"{command} {rest[0]}", rest[1:]
                 assert command in commands, f"{page}: {words}"
                 used = {word for word in rest if word.startswith("-")}
                 assert used <= commands[command], f"{page}: {words}"

@@ -4,6 +4,7 @@ Each command imports that module when it is called, so that `--help` need not lo
 """
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -103,3 +104,142 @@ def status(
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.status(verify=verify, as_json=as_json))
+
+
+# For operators
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+dead_letters = typer.Typer(no_args_is_help=True, context_settings=_HELP)
+lanes = typer.Typer(no_args_is_help=True, context_settings=_HELP)
+app.add_typer(
+    dead_letters, name="dead-letters", help="Look at changes that were given up, and decide about them."
+)
+app.add_typer(lanes, name="lanes", help="See what is paused and what waits; pause handlers, or lane keys.")
+
+Ids = Annotated[list[int] | None, typer.Argument(metavar="ID", help="Their ids.")]
+OfHandler = Annotated[str | None, typer.Option("--handler", help="Of this handler.")]
+OfTable = Annotated[str | None, typer.Option("--table", help="Of this table, as schema.table.")]
+OfErrorClass = Annotated[
+    str | None, typer.Option("--error-class", help="Of this class of error, with or without its module.")
+]
+Since = Annotated[
+    str | None,
+    typer.Option("--since", help="Failed last at this time or later: ISO 8601 (UTC), or 90m, 12h, 7d ago."),
+]
+Until = Annotated[str | None, typer.Option("--until", help="Failed last before this time.")]
+Everything = Annotated[bool, typer.Option("--all", help="All of them, where nothing else is named.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say which they are, and do nothing.")]
+By = Annotated[
+    str | None,
+    typer.Option("--by", help="Who decides, for the audit trail, if not the user of the system."),
+]
+HandlerName = Annotated[str, typer.Argument(metavar="HANDLER", help="Name of the handler.")]
+LaneKey = Annotated[
+    str | None,
+    typer.Option("--lane-key", help="Only this lane key: a value, or a JSON array of the key's values."),
+]
+
+
+@dead_letters.command("list")
+def list_dead_letters(
+    *,
+    handler: OfHandler = None,
+    table: OfTable = None,
+    error_class: OfErrorClass = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """List dead letters, the oldest first."""
+    from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
+
+    wanted = operator.Wanted((), handler, table, error_class, since, until)
+    raise typer.Exit(operator.list_dead_letters(wanted, limit, as_json=as_json))
+
+
+@dead_letters.command("show")
+def show_dead_letter(
+    id_: Annotated[int, typer.Argument(metavar="ID", help="Its id.")], *, as_json: Json = False
+) -> None:
+    """Show all of one: its rows, its error with traceback and hint, and what was decided about it."""
+    from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
+
+    raise typer.Exit(operator.show_dead_letter(id_, as_json=as_json))
+
+
+@dead_letters.command("redrive")
+def redrive(  # noqa: PLR0913 - the options of a command
+    ids: Ids = None,
+    *,
+    handler: OfHandler = None,
+    table: OfTable = None,
+    error_class: OfErrorClass = None,
+    since: Since = None,
+    until: Until = None,
+    everything: Everything = False,
+    record: Annotated[
+        str | None,
+        typer.Option("--record", help='Other values for columns of its record, as {"status": "paid"}.'),
+    ] = None,
+    record_file: Annotated[Path | None, typer.Option("--record-file", help="The same, from a file.")] = None,
+    dry_run: DryRun = False,
+    by: By = None,
+    as_json: Json = False,
+) -> None:
+    """Have dead letters tried again, in the order of their ids, from the first attempt on."""
+    from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
+
+    wanted = operator.Wanted(ids or (), handler, table, error_class, since, until)
+    decision = operator.Decision("redrive", everything, dry_run, by, record, record_file)
+    raise typer.Exit(operator.decide(wanted, decision, as_json=as_json))
+
+
+@dead_letters.command("discard")
+def discard(  # noqa: PLR0913 - the options of a command
+    ids: Ids = None,
+    *,
+    handler: OfHandler = None,
+    table: OfTable = None,
+    error_class: OfErrorClass = None,
+    since: Since = None,
+    until: Until = None,
+    everything: Everything = False,
+    dry_run: DryRun = False,
+    by: By = None,
+    as_json: Json = False,
+) -> None:
+    """Forget dead letters: their changes count as filtered out from now on."""
+    from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
+
+    wanted = operator.Wanted(ids or (), handler, table, error_class, since, until)
+    decision = operator.Decision("discard", everything, dry_run, by)
+    raise typer.Exit(operator.decide(wanted, decision, as_json=as_json))
+
+
+@lanes.command("list")
+def list_lanes(
+    handler: Annotated[str | None, typer.Argument(metavar="HANDLER", help="Only of this handler.")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """List the handlers with what is paused, and what waits."""
+    from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
+
+    raise typer.Exit(operator.list_lanes(handler, as_json=as_json))
+
+
+@lanes.command("pause")
+def pause(handler: HandlerName, *, lane_key: LaneKey = None, by: By = None, as_json: Json = False) -> None:
+    """Pause a handler, or one lane key of it: its changes wait in Postgres, in their order."""
+    from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
+
+    raise typer.Exit(operator.pause(handler, lane_key, by, paused=True, as_json=as_json))
+
+
+@lanes.command("resume")
+def resume(handler: HandlerName, *, lane_key: LaneKey = None, by: By = None, as_json: Json = False) -> None:
+    """Let a handler, or one lane key of it, go on."""
+    from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
+
+    raise typer.Exit(operator.pause(handler, lane_key, by, paused=False, as_json=as_json))

@@ -136,6 +136,76 @@ def _show_recount(console: Console, found: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+def show_dead_letters(letters: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print dead letters, or what was decided about them."""
+    if as_json:
+        _print_json(letters)
+        return
+    words = ("id", "handler", "table", "type", "key", "attempts", "status", "error_class", "last_failed_at")
+    table = Table(*(word.replace("_", " ") for word in words))
+    for one in letters:
+        name = ".".join(part for part in (one["schema"], one["table"]) if part)
+        told = {**one, "table": name, "key": _key(one["key"])}
+        if "refused" in one:
+            told["status"] = "refused"
+        table.add_row(*(Text(_cell(told[word])) for word in words))
+    _console().print(table)
+
+
+def show_dead_letter(told: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print one with all that is known of it."""
+    if as_json:
+        _print_json(told)
+        return
+    console = _console()
+    for name, value in told.items():
+        title = name.replace("_", " ")
+        if name == "traceback" and value:
+            console.print(Text(f"{title}:"))
+            console.print(Text(value.rstrip()), soft_wrap=True)
+        elif isinstance(value, dict):
+            console.print(Text(f"{title}:"))
+            for column, content in value.items():
+                console.print(Text(f"  {column:20} {_cell(content)}"), soft_wrap=True)
+        elif name == "audit":
+            console.print(Text(f"{title}: {len(value) or 'nothing decided yet'}"))
+            for entry in value:
+                line = f"  {entry['at']} {entry['action']} by {entry['who']} ({entry['via']})"
+                console.print(Text(line), soft_wrap=True)
+        else:
+            console.print(Text(f"{title:20}   {_key(value)}"), soft_wrap=True)
+
+
+def show_lanes(handlers: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print the lanes of handlers."""
+    if as_json:
+        _print_json(handlers)
+        return
+    words = ("handler", "kind", "state", "paused", "lanes", "read", "applied", "held", "parked", "dead")
+    table = Table(*words, "last moved", "paused keys")
+    for one in handlers:
+        cells = [_cell(one[word]) for word in (*words, "moved_at")]
+        table.add_row(*map(Text, cells), Text("  ".join(one["paused_keys"])))
+    _console().print(table)
+
+
+def show_pause(told: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what came of pausing or resuming."""
+    if as_json:
+        _print_json(told)
+        return
+    what = f"lane key {told['lane_key']} of {told['handler']}" if told["lane_key"] else told["handler"]
+    state = "paused" if told["paused"] else "going on"
+    also = "" if told["changed"] else ", as before"
+    more = told.get("paused_keys")
+    keys = f"; {more} lane keys of it are paused" if more else ""
+    _console().print(Text(f"{what} is {state}{also}{keys}"), soft_wrap=True)
+
+
+def _key(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else _cell(value)
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "-"

@@ -135,6 +135,8 @@ class Decoder:
 
 
 def _item(row: HeldRow, change: Change) -> Item:
+    if row.redriven:
+        change = msgspec.structs.replace(change, source="redrive")
     return Item(Read(row.kept.position, None), change)  # type: ignore[arg-type] # held changes have left their lane
 
 

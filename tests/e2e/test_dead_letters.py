@@ -1,0 +1,184 @@
+"""Operators at work: every command and every route for dead letters and lanes, on real processes."""
+
+import getpass
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.e2e import shop as handlers
+from tests.e2e.test_proven import drop_slot, ready
+from tests.stack import Project, Servers, project
+
+LISTED = {
+    "id",
+    "handler",
+    "schema",
+    "table",
+    "type",
+    "key",
+    "position",
+    "attempts",
+    "status",
+    "error_class",
+    "error",
+    "first_failed_at",
+    "last_failed_at",
+}
+AUDIT = (
+    "select who, via, action, handler, dead_letter, lane_key, details::text from tailrace.audit order by id"
+)
+VERSIONS = (
+    "select string_agg(order_id || ':' || version, ' ' order by order_id, seq) from derived_log"
+    " where order_id in (1, 2, 3)"
+)
+
+
+@pytest.fixture
+async def shop(shared: Servers) -> AsyncIterator[Project]:
+    environment = {"WORKER_DELIVERY": "proven", "WORKER_LANES": "4", "WORKER_MAX_ATTEMPTS": "1"}
+    async with project(shared, handlers.TABLES, "tests.e2e.shop", **environment) as made:
+        yield made
+        await drop_slot(made)
+
+
+async def asked(shop: Project, *command: str) -> Any:
+    """Run a command that must succeed; returns its JSON."""
+    code, output = await shop.run(*command, "--json")
+    assert code == 0, output
+    return json.loads(output)
+
+
+async def refused(shop: Project, *command: str, code: int = 1) -> str:
+    """Run a command that must be refused, in one line."""
+    found, output = await shop.run(*command)
+    assert found == code, output
+    (line,) = output.splitlines()
+    assert line.startswith("tailrace: ")
+    return line
+
+
+async def poison(shop: Project) -> None:
+    """Have each of the orders 1 to 3 inserted, updated twice and given up each time, but for order 3."""
+    await shop.db.execute("insert into derived_poison values (1), (2)")
+    await shop.db.execute(
+        "insert into orders (id, customer_id, amount) select n, n, 10 from generate_series(1, 3) n"
+    )
+    for version in (1, 2):
+        await shop.db.execute("update orders set version = $1", version)
+    await shop.until("select count(*) from tailrace.held where status = 'dead'", 6)
+    await shop.until("select count(*) from derived_log", 3)
+
+
+async def counted(shop: Project) -> Any:
+    """Let all be counted again; it must add up."""
+    code, output = await shop.run("status", "--verify", "--json")
+    told = json.loads(output[output.index("{") :])
+    assert (code, told["verification"]["problems"]) == (0, [])
+    return told
+
+
+async def test_dead_letters_are_found_looked_at_and_redriven_in_order(shop: Project) -> None:
+    await ready(shop)
+    await shop.worker()
+    await poison(shop)
+
+    (failure,) = (await shop.get(shop.processes[0], "/status")).json()["failures"]
+    assert failure.pop("oldest_seconds") >= 0
+    assert failure == {
+        "handler": "log",
+        "error_class": "ValueError",
+        "status": "dead",
+        "changes": 6,
+        "attempts": 6,
+    }
+    found = await asked(shop, "dead-letters", "list")
+    assert [one["id"] for one in found] == sorted(one["id"] for one in found)
+    first, second, third = (one["id"] for one in found if one["key"] == [1])
+    *_, sixth = (one["id"] for one in found if one["key"] == [2])
+    assert [one["type"] for one in found if one["key"] == [2]] == ["INSERT", "UPDATE", "UPDATE"]
+    assert all(one.keys() == LISTED for one in found)
+    assert {(one["schema"], one["table"], one["handler"], one["error_class"]) for one in found} == {
+        ("public", "orders", "log", "ValueError")
+    }
+    only = ["--handler", "log", "--table", "orders", "--error-class", "ValueError", "--since", "1h"]
+    told = await asked(shop, "dead-letters", "show", str(second))
+    assert (told["record"]["version"], told["old_record"]["version"], told["audit"]) == (1, 0, [])
+    assert "this order is poison" in told["traceback"]
+    code, output = await shop.run("dead-letters", "redrive", "--all", "--dry-run")
+    assert (code, "public.orders" in output, output.count("ValueError")) == (0, True, 6)
+    assert await shop.db.fetchval("select count(*) from tailrace.held where status = 'dead'") == 6
+    await shop.db.execute("delete from derived_poison")
+    await asked(shop, "dead-letters", "redrive", str(sixth), str(first), "--by", "anna")
+    await shop.until("select count(*) from derived_log", 5)
+    edited = '{"version": 41, "status": "mended"}'
+    await asked(shop, "dead-letters", "redrive", str(second), "--record", edited)
+    await shop.until("select count(*) from derived_log", 6)
+    await asked(shop, "dead-letters", "discard", str(third))
+    await asked(shop, "dead-letters", "redrive", *only)
+    await shop.until("select count(*) from derived_log", 8)
+    assert await shop.db.fetchval(VERSIONS) == "1:0 1:41 2:2 2:0 2:1 3:0 3:1 3:2"
+    told = await counted(shop)
+    assert {name: told["handlers"]["log"][name] for name in ("read", "applied", "dead", "filtered")} == {
+        "read": 9,
+        "applied": 8,
+        "dead": 0,
+        "filtered": 1,
+    }
+    trail = [tuple(row) for row in await shop.db.fetch(AUDIT)]
+    me = getpass.getuser()
+    assert [row[:3] for row in trail] == [
+        ("anna", "command", "redrive"),
+        ("anna", "command", "redrive"),
+        (me, "command", "redrive"),
+        (me, "command", "discard"),
+        (me, "command", "redrive"),
+        (me, "command", "redrive"),
+    ]
+    assert [row[4] for row in trail[:3]] == [*sorted([first, sixth]), second]
+    assert json.loads(trail[2][6]) == {
+        "before": {"version": "1", "status": "new"},
+        "after": {"version": "41", "status": "mended"},
+    }
+    logs = "".join(process.text for process in shop.processes)
+    assert "mended" not in logs
+    assert "41" not in logs.replace(shop.database_url, "")
+
+
+async def test_what_cannot_be_done_is_refused_in_one_line(shop: Project) -> None:
+    assert "no dead letter 17" in await refused(shop, "dead-letters", "show", "17")
+    assert "no dead letters 17, 18" in await refused(shop, "dead-letters", "redrive", "18", "17")
+    assert "no handler nobody" in await refused(shop, "lanes", "pause", "nobody", "--lane-key", "7")
+    assert "--all means" in await refused(shop, "dead-letters", "discard", code=2)
+
+
+async def test_a_handler_and_a_lane_key_are_paused_over_restarts_and_resumed(shop: Project) -> None:
+    listener = await shop.listener(wait=False)
+    await listener.said("listening")
+    await asked(shop, "lanes", "pause", "log", "--lane-key", "2", "--by", "anna")
+    told = await asked(shop, "lanes", "pause", "totals")
+    assert (told["paused"], told["changed"]) == (True, True)
+    worker = await shop.worker()
+    await shop.db.execute("insert into orders (id, customer_id) select n, n from generate_series(1, 3) n")
+    await shop.until("select count(*) from derived_log", 2)
+    await shop.until("select count(*) from tailrace.held where status = 'parked'", 3)
+    assert (await worker.terminate(), await listener.terminate()) == (0, 0)
+    await ready(shop)
+    await shop.worker()
+    await shop.db.execute("update orders set version = 1")
+    await shop.until("select count(*) from derived_log", 4)
+    await shop.until("select sum(read)::int from tailrace.lanes where handler = 'totals'", 6)
+    assert await shop.db.fetchval("select count(*) from derived_totals") == 0
+    listed = {one["handler"]: one for one in await asked(shop, "lanes", "list")}
+    assert (listed["totals"]["paused"], listed["totals"]["parked"]) == (True, 6)
+    assert (listed["log"]["paused"], listed["log"]["held"]) == (False, 2)
+    assert listed["log"]["paused_keys"] == ['["public.orders","2"]']
+    await asked(shop, "lanes", "resume", "totals")
+    await asked(shop, "lanes", "resume", "log", "--lane-key", '["public.orders", "2"]')
+    await shop.until("select count(*) from derived_log", 6)
+    await shop.until(handlers.DIFFERENCES, 0)
+    assert await shop.db.fetchval(VERSIONS) == "1:0 1:1 2:0 2:1 3:0 3:1"
+    told = await counted(shop)
+    assert told["handlers"]["totals"]["applied"] == told["handlers"]["log"]["applied"] == 6
+    assert tuple(await shop.db.fetchrow(AUDIT))[:4] == ("anna", "command", "pause", "log")

@@ -1,0 +1,130 @@
+"""What operators may do, by command and over HTTP: look, decide, and have the lanes woken afterwards.
+
+Knows who wants what, not how it is carried out (redriving.py, pausing.py) nor how it was asked for.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker import dead_letters, pausing, redriving
+from worker.audit import Operator
+from worker.dead_letters import Which
+from worker.errors import Refused
+from worker.lanes import Lane
+from worker.redriving import Edit
+from worker.registry import Handler
+
+
+class Operations:
+    """All of it, on one database."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        handlers: Callable[[], Sequence[Handler]],
+        wake: Callable[[Iterable[Lane]], Awaitable[None]],
+    ) -> None:
+        """Prepare; nothing is opened.
+
+        Args:
+            engine: of the database.
+            handlers: gives those that are loaded, where that matters.
+            wake: has lanes drained that can go on.
+        """
+        self._engine = engine
+        self._handlers = handlers
+        self._wake = wake
+
+    async def find(
+        self, which: Which, *, after: int | None = None, most: int | None = None
+    ) -> list[dict[str, Any]]:
+        """List dead letters in the order of their ids; above an id, at most so many."""
+        async with self._engine.connect() as connection:
+            return [one.told() for one in await dead_letters.find(connection, which, after=after, most=most)]
+
+    async def show(self, id_: int) -> dict[str, Any]:
+        """Tell all about one dead letter.
+
+        Raises:
+            Unknown: there is none of this id.
+        """
+        async with self._engine.connect() as connection:
+            return await dead_letters.show(connection, id_)
+
+    async def redrive(
+        self, operator: Operator, id_: int, record: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Have a dead letter tried again, perhaps with other values in its record.
+
+        Raises:
+            Unknown: there is none of this id.
+            Refused: nobody would apply it, or the record does not fit.
+        """
+        edit = None if record is None else Edit(record, self._handlers())
+        done = await redriving.redrive(self._engine, operator, id_, edit)
+        await self._wake(done.wake)
+        return done.told
+
+    async def discard(self, operator: Operator, id_: int) -> dict[str, Any]:
+        """Forget a dead letter.
+
+        Raises:
+            Unknown: there is none of this id.
+        """
+        done = await redriving.discard(self._engine, operator, id_)
+        await self._wake(done.wake)
+        return done.told
+
+    async def decide(
+        self, operator: Operator, action: Literal["redrive", "discard"], which: Which, *, dry_run: bool
+    ) -> list[dict[str, Any]]:
+        """Redrive or discard all that are meant, in the order of their ids; `dry_run` only says which.
+
+        Each is a decision of its own. What somebody else has decided meanwhile is left out; where one is
+        refused, `refused` of it says why, and the others go on.
+
+        Raises:
+            Unknown: an id is none; nothing was done.
+        """
+        found = await self.find(which)
+        if missing := sorted(set(which.ids or ()) - {one["id"] for one in found}):
+            raise dead_letters.unknown(missing)
+        if dry_run:
+            return found
+        told: list[dict[str, Any]] = []
+        for one in found:
+            try:
+                do = self.redrive if action == "redrive" else self.discard
+                told.append(await do(operator, one["id"]))
+            except Refused as error:
+                told.append(one | {"refused": str(error)})
+        return told
+
+    async def lanes(self, handler: str | None = None) -> list[dict[str, Any]]:
+        """Tell of each handler what is paused, and what waits.
+
+        Raises:
+            Unknown: there is no such handler.
+        """
+        return await pausing.list_lanes(self._engine, handler)
+
+    async def pause(
+        self, operator: Operator, handler: str, lane_key: str | None = None, *, paused: bool
+    ) -> dict[str, Any]:
+        """Pause a handler, or one lane key of it; or let it go on.
+
+        Raises:
+            Unknown: there is no such handler, or no such paused key.
+            Refused: that is no lane key of the handler.
+        """
+        if lane_key is None:
+            change = pausing.pause if paused else pausing.resume
+            done = await change(self._engine, operator, handler)
+        else:
+            key = await pausing.read_key(self._engine, self._handlers(), handler, lane_key)
+            change_key = pausing.pause_key if paused else pausing.resume_key
+            done = await change_key(self._engine, operator, handler, key)
+        await self._wake(done.wake)
+        return done.told
