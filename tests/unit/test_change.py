@@ -263,3 +263,14 @@ def test_a_context_makes_the_supabase_client_when_first_asked() -> None:
     assert made == []
     assert context.supabase is context.supabase
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("position", [Position(7, 0), Position(2**60, 2**41), Position(33178320, -1)])
+def test_a_position_is_read_back_from_its_text_floors_too(position: Position) -> None:
+    assert Position.parse(str(position)) == position
+
+
+@pytest.mark.parametrize("text", ["", "7", "7-", "-7", "7-a", "7-0-0"])
+def test_what_is_no_position_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        Position.parse(text)
