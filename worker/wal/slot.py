@@ -244,8 +244,8 @@ async def create_slot(connection: AsyncConnection, name: str) -> int:
     Raises:
         sqlalchemy.exc.DBAPIError: it exists already, or it may not be made (see `read_permission`).
     """
-    # Its transaction must have written nothing before, and ends at once, so as to hold up no other. It takes as
-    # long as the oldest open transaction, which is longer than hosted projects allow for a statement.
+    # Its transaction must have written nothing before, and ends at once, so as to hold up no other. It takes
+    # as long as the oldest open transaction, which is longer than hosted projects allow for a statement.
     await connection.execute(_UNLIMITED)
     found = await connection.execute(_CREATE, {"slot": name, "plugin": PLUGIN})
     lsn = int(found.scalar_one())
