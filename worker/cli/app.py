@@ -106,6 +106,25 @@ def status(
     raise typer.Exit(commands.status(verify=verify, as_json=as_json))
 
 
+@app.command()
+def models(
+    *,
+    schema: Annotated[
+        str, typer.Option(help="Schemas, with commas between them; public where nothing is said.")
+    ] = "",
+    tables: Annotated[str, typer.Option(help="Only these tables and views, such as orders,shop.stock.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--check", help="Write nothing; 1 where the file of --out is no longer true.")
+    ] = False,
+) -> None:
+    """Write SQLAlchemy models of the database's tables and views."""
+    from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
+
+    listed = [tuple(part.strip() for part in one.split(",") if part.strip()) for one in (schema, tables)]
+    raise typer.Exit(commands.models(schemas=listed[0], tables=listed[1], out=out, check=compare))
+
+
 # For operators
 
 _HELP = {"help_option_names": ["-h", "--help"]}

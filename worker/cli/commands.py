@@ -5,6 +5,7 @@ problems to standard error.
 """
 
 import asyncio
+from pathlib import Path
 
 from config.declared import unknown_settings
 from config.logging import configure_logging
@@ -93,6 +94,28 @@ def status(*, verify: bool, as_json: bool) -> int:
     if verify:
         return FINE if told["verification"]["ok"] else PROBLEMS
     return FINE if told.get("ready") else PROBLEMS
+
+
+def models(*, schemas: tuple[str, ...], tables: tuple[str, ...], out: Path | None, check: bool) -> int:
+    """Write models, or with `check` tell whether those in the file are still true: 1 where not."""
+    if check and out is None:
+        raise ConfigurationError(["--check needs --out: the file that is to be compared"])
+    settings = _settings()
+    from worker.cli.modelling import drift, models_text  # noqa: PLC0415 - as above
+    from worker.models import Wanted  # noqa: PLC0415 - as above
+
+    chosen = "".join(
+        f" --{name} {','.join(of)}" for name, of in (("schema", schemas), ("tables", tables)) if of
+    )
+    text = models_text(settings, Wanted(schemas or ("public",), tables), f"python -m worker models{chosen}")
+    if out is None:
+        printing.show_text(text)
+    elif not check:
+        out.write_text(text, encoding="utf-8")
+    elif lines := drift(text, out):
+        printing.show_text("\n".join(lines) + "\n")
+        return PROBLEMS
+    return FINE
 
 
 def _settings() -> Settings:

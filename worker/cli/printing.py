@@ -22,6 +22,11 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped":
 _COUNTS = ("read", "filtered", "applied", "held", "parked", "dead", "queued", "lag_seconds", "paused")
 
 
+def show_text(text: str) -> None:
+    """Print a text as it is, for files and pipes."""
+    sys.stdout.write(text)
+
+
 def describe(handler: "Handler", tunables: Tunables) -> dict[str, Any]:
     """Return a handler with the options in force, the settings' values filled in."""
 
