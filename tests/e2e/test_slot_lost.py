@@ -70,7 +70,7 @@ async def test_the_lease_is_kept_while_the_slot_waits_for_an_open_transaction(sh
     held = "select lease_until from tailrace.source"
     until = await shop.db.fetchval(held)
     await shop.until(
-        f"select lease_until > timestamptz '{until}' + interval '9 s' from tailrace.source", True
+        f"select lease_until > timestamptz '{until}' + interval '9 s' from tailrace.source", value=True
     )
     await other.execute("commit")
     await other.close()
