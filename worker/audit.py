@@ -10,6 +10,8 @@ import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from worker.asked import Operator
+
 Action = Literal["redrive", "discard", "pause", "resume"]
 
 _NOTE = text(
@@ -20,14 +22,6 @@ _OF = text(
     "select at, who, via, action, details from tailrace.audit where dead_letter = :dead_letter order by id"
 )
 _encode = msgspec.json.Encoder(decimal_format="number", enc_hook=str).encode
-
-
-class Operator(NamedTuple):
-    """Who decides."""
-
-    name: str
-    """The user of the operating system or what `--by` says; over HTTP the subject of the token."""
-    via: Literal["command", "http"]
 
 
 class About(NamedTuple):

@@ -5,14 +5,14 @@ What a person may decide about one is in redriving.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from worker import audit
+from worker.asked import Which
 from worker.catalogue import read_catalogue
 from worker.change import Position, RawChange, RawSource
 from worker.edits import readable
@@ -37,26 +37,6 @@ _FIND = text(
     " order by d.id limit :most"
 )
 _LOWEST = -(2**63)
-
-
-class Which(NamedTuple):
-    """Which dead letters are meant: all of what is named must hold."""
-
-    ids: tuple[int, ...] | None = None
-    handler: str | None = None
-    table: str | None = None
-    """`schema.table`."""
-    error_class: str | None = None
-    """As listed, or without its module."""
-    since: datetime | None = None
-    """Of the last failure."""
-    until: datetime | None = None
-    """Of the last failure; not included."""
-
-    @property
-    def is_all(self) -> bool:
-        """True where nothing is named."""
-        return self == Which()
 
 
 @dataclass
@@ -161,7 +141,7 @@ async def find(
     """
     found: list[DeadLetter] = []
     last = _LOWEST if after is None else after
-    parameters = which._asdict() | {"ids": None if which.ids is None else list(which.ids), "most": PAGE}
+    parameters = which._asdict() | {"ids": which.possible_ids, "most": PAGE}
     while most is None or len(found) < most:
         page = [_letter(row) for row in await connection.execute(_FIND, parameters | {"after": last})]
         # A handler may follow other tables too.

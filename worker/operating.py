@@ -3,18 +3,37 @@
 Knows who wants what, not how it is carried out (redriving.py, pausing.py) nor how it was asked for.
 """
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import dead_letters, pausing, redriving
-from worker.audit import Operator
-from worker.dead_letters import Which
+from worker.asked import Operator, Which
 from worker.errors import Refused
-from worker.lanes import Lane
+from worker.lanes import Lane, Lanes
 from worker.redriving import Edit
 from worker.registry import Handler
+
+WAKE_SECONDS = 2.0
+"""By then the workers have found the lanes by themselves."""
+
+Wake = Callable[[Iterable[Lane]], Awaitable[None]]
+
+
+def waker(lanes: Lanes, enqueue: Callable[[Lane], Awaitable[None]]) -> Wake:
+    """Make what wakes lanes; a hint, which may be lost while Redis is away."""
+
+    async def wake(concerned: Iterable[Lane]) -> None:
+        with contextlib.suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(WAKE_SECONDS):
+                for lane in await lanes.ring(concerned):
+                    await enqueue(lane)
+
+    return wake
 
 
 class Operations:
@@ -24,7 +43,7 @@ class Operations:
         self,
         engine: AsyncEngine,
         handlers: Callable[[], Sequence[Handler]],
-        wake: Callable[[Iterable[Lane]], Awaitable[None]],
+        wake: Wake,
     ) -> None:
         """Prepare; nothing is opened.
 

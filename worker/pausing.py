@@ -13,7 +13,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from worker import audit, deciding, held
-from worker.audit import About, Operator
+from worker.asked import Operator
+from worker.audit import About
 from worker.catalogue import Table, read_catalogue
 from worker.change import Position
 from worker.errors import Refused, Unknown

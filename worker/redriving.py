@@ -12,10 +12,11 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from worker import audit, deciding, edits, held
-from worker.audit import About, Operator
+from worker.asked import Operator, Which
+from worker.audit import About
 from worker.catalogue import read_catalogue
 from worker.change import RawSource
-from worker.dead_letters import DeadLetter, Which, find, unknown
+from worker.dead_letters import DeadLetter, find, unknown
 from worker.errors import Refused
 from worker.lanes import Lane
 from worker.registry import Handler

@@ -26,11 +26,13 @@ from worker.database import explain, is_away, make_engine, wait_until_up
 from worker.draining.workshop import load_handlers
 from worker.errors import ConfigurationError
 from worker.jobs import announce, cancel_until_done, settle_memory
-from worker.lanes import Lane
+from worker.lanes import Lane, Lanes
 from worker.listener import Listener
+from worker.operating import Operations, waker
 from worker.queue import PatientRedis, connection_pool
+from worker.tokens import Tokens
 from worker.wal.slot import judge, read_permission, read_server, read_slot
-from worker.web import health_app, serve
+from worker.web import Bearer, Desk, desk_routes, health_app, serve
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -55,7 +57,7 @@ async def _listen(settings: Settings) -> None:
     arq = PatientRedis(settings.redis_url.get_secret_value(), queue=settings.queue)
     waiting = Waiting()
     try:
-        app = health_app(waiting)
+        app = health_app(waiting, desk_routes(_bearer(settings), lambda: waiting.desk))
         async with serve(app, settings.health_host, settings.port) as served:
             log.info("health of the listener", url=served.url)
             await wait_until_up(engine, told=waiting.tell)
@@ -75,6 +77,7 @@ async def _listen(settings: Settings) -> None:
                 enqueue=enqueue,
             )
             waiting.follow(listener)
+            waiting.desk = Operations(engine, lambda: handlers, waker(Lanes(redis, settings.queue), enqueue))
             settle_memory()
             await listener.run()
     finally:
@@ -82,6 +85,16 @@ async def _listen(settings: Settings) -> None:
         await arq.aclose(close_connection_pool=True)
         await redis.aclose(close_connection_pool=True)
         await engine.dispose()
+
+
+def _bearer(settings: Settings) -> Bearer:
+    """Make what tells operators from others."""
+    secret = None if settings.jwt_secret is None else settings.jwt_secret.get_secret_value()
+    try:
+        tokens = Tokens(settings.supabase_url, secret=secret)
+    except ValueError as error:
+        raise ConfigurationError([f"SUPABASE_JWT_SECRET cannot be used: {error}"]) from None
+    return Bearer(tokens, allow=lambda identity: identity.may_operate(settings.operator_role))
 
 
 async def _choose(settings: Settings, engine: AsyncEngine) -> delivery.Choice:
@@ -105,6 +118,8 @@ class Waiting:
     def __init__(self) -> None:
         self._reason = "starting"
         self._listener: Listener | None = None
+        self.desk: Desk | None = None
+        """What operators may do; None while there is no listener."""
 
     def tell(self, reason: str) -> None:
         """Note why there is no listener yet."""

@@ -2,14 +2,18 @@
 
 import getpass
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
+import jwt
 import pytest
 
+from standin.server.tokens import project_key
 from tests.e2e import shop as handlers
 from tests.e2e.test_proven import drop_slot, ready
-from tests.stack import Project, Servers, project
+from tests.stack import SECRET, Project, Servers, project
 
 LISTED = {
     "id",
@@ -182,3 +186,115 @@ async def test_a_handler_and_a_lane_key_are_paused_over_restarts_and_resumed(sho
     told = await counted(shop)
     assert told["handlers"]["totals"]["applied"] == told["handlers"]["log"]["applied"] == 6
     assert tuple(await shop.db.fetchrow(AUDIT))[:4] == ("anna", "command", "pause", "log")
+
+
+def user(shop: Project, *, role: str | None, lives: int = 60, secret: str = SECRET) -> str:
+    """Sign a user's token, as the project's Auth does."""
+    claims = {
+        "sub": "5f3c0000-0000-4000-8000-000000000001",
+        "role": "authenticated",
+        "aud": "authenticated",
+        "iss": f"{shop.standin.supabase_url}/auth/v1",
+        "exp": int(time.time()) + lives,
+        "app_metadata": {"role": role},
+    }
+    return jwt.encode(claims, secret, "HS256")
+
+
+async def test_the_same_over_http_for_those_who_have_the_right(shop: Project) -> None:
+    key = shop.standin.service_role_key
+    listener = await shop.listener(wait=False, SUPABASE_JWT_SECRET=SECRET, WORKER_OPERATOR_ROLE="on-call")
+    await listener.said("listening")
+    await shop.worker()
+    await poison(shop)
+    url = (await listener.said("health of the"))["url"]
+    async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+
+        async def ask(method: str, path: str, token: str | None = key, **more: Any) -> tuple[int, Any]:
+            headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+            answer = await client.request(method, path, headers=headers, **more)
+            return answer.status_code, answer.json()
+
+        _, told = await ask("GET", "/dead-letters")
+        first, second, third, *others = (one["id"] for one in told["dead_letters"])
+        assert (len(others), told["next"]) == (3, None)
+        paths = [
+            ("GET", "/dead-letters"),
+            ("GET", f"/dead-letters/{first}"),
+            ("POST", f"/dead-letters/{first}/redrive"),
+            ("POST", f"/dead-letters/{first}/discard"),
+            ("POST", "/lanes/log/pause"),
+            ("POST", "/lanes/log/resume"),
+        ]
+        strangers = {
+            None: 401,
+            "sb_secret_of_nobody": 401,
+            user(shop, role="on-call", lives=-60): 401,
+            user(shop, role="on-call", secret="another secret, which is long enough too"): 401,
+            user(shop, role=None): 403,
+            project_key("anon", SECRET): 403,
+        }
+        for method, path in paths:
+            for token, code in strangers.items():
+                assert (await ask(method, path, token))[0] == code, (path, token)
+        assert await shop.db.fetchval("select count(*) from tailrace.audit") == 0
+
+        on_call = user(shop, role="on-call")
+        assert (await ask("GET", "/dead-letters", params={"limit": 2}))[1]["next"] == second
+        for query, count in [
+            (f"after={second}", 4),
+            ("handler=log&table=orders&error_class=ValueError&since=1h", 6),
+            ("until=1h", 0),
+            ("handler=totals", 0),
+        ]:
+            code, told = await ask("GET", f"/dead-letters?{query}", on_call)
+            assert (code, len(told["dead_letters"])) == (200, count), query
+        code, told = await ask("GET", f"/dead-letters/{first}", on_call)
+        assert (code, told["id"], told["record"]["version"]) == (200, first, 0)
+
+        await shop.db.execute("delete from derived_poison")
+        assert (await ask("POST", f"/dead-letters/{first}/discard", on_call))[0] == 200
+        assert (await ask("POST", f"/dead-letters/{second}/redrive"))[0] == 200
+        code, told = await ask(
+            "POST", f"/dead-letters/{third}/redrive", on_call, json={"record": {"version": 41}}
+        )
+        assert (code, told["status"]) == (200, "retrying")
+        await shop.until("select count(*) from derived_log", 5)
+        assert await shop.db.fetchval("select count(*) from derived_log where version = 41") == 1
+
+        assert (await ask("POST", "/lanes/totals/pause", on_call))[1]["paused"]
+        assert (await ask("POST", "/lanes/log/pause", json={"lane_key": [3]}))[1]["changed"]
+        await shop.db.execute("update orders set version = 7")
+        await shop.until("select count(*) from derived_log where version = 7", 2)
+        assert (await ask("POST", "/lanes/log/resume", json={"lane_key": "3"}))[0] == 200
+        assert (await ask("POST", "/lanes/totals/resume"))[1]["changed"]
+        await shop.until("select count(*) from derived_log where version = 7", 3)
+        await shop.until(handlers.DIFFERENCES, 0)
+
+        for code, method, path, body in [
+            (404, "GET", "/dead-letters/17000", None),
+            (404, "POST", f"/dead-letters/{first}/redrive", None),
+            (404, "POST", f"/dead-letters/{10**30}/discard", None),
+            (404, "POST", "/lanes/nobody/pause", None),
+            (404, "POST", "/lanes/log/resume", {"lane_key": "3"}),
+            (409, "POST", "/lanes/log/pause", {"lane_key": "three"}),
+            (409, "POST", f"/dead-letters/{others[0]}/redrive", {"record": {"id": 5}}),
+            (400, "POST", f"/dead-letters/{others[0]}/redrive", {"record": [5]}),
+            (400, "POST", f"/dead-letters/{others[0]}/discard", {"record": {}}),
+            (400, "POST", f"/dead-letters/{others[0]}/redrive", [1]),
+            (400, "GET", "/dead-letters?since=soon", None),
+            (400, "GET", "/dead-letters?limit=0", None),
+            (400, "GET", "/dead-letters?ids=1", None),
+            (405, "POST", "/dead-letters", None),
+        ]:
+            found, told = await ask(method, path, on_call, json=body) if body else await ask(method, path)
+            assert found == code, (path, told)
+            assert "\n" not in told["error"]
+    assert {tuple(row[:2]) for row in await shop.db.fetch(AUDIT)} == {
+        ("service_role", "http"),
+        ("5f3c0000-0000-4000-8000-000000000001", "http"),
+    }
+    said = [line for line in listener.lines if line["message"] == "an operator has decided"]
+    assert len(said) == await shop.db.fetchval("select count(*) from tailrace.audit") == 7
+    assert key not in listener.text
+    await counted(shop)

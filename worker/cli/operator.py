@@ -8,10 +8,8 @@ import asyncio
 import contextlib
 import getpass
 import os
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,17 +21,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.logging import configure_logging
 from config.settings import Settings, load_settings
 from worker import loader
-from worker.audit import Operator
+from worker.asked import Operator, Which, which
 from worker.cli import printing
 from worker.database import explain, make_engine
-from worker.dead_letters import Which
 from worker.errors import ConfigurationError, Refused
 from worker.lanes import Lane
 from worker.operating import Operations
 
 FINE, PROBLEMS = 0, 1
-_AGO = re.compile(r"(\d{1,9})([smhd])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _record = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
 
@@ -53,9 +48,10 @@ class Wanted(NamedTuple):
         Raises:
             ConfigurationError: a time that is none.
         """
-        table = self.table if self.table is None or "." in self.table else f"public.{self.table}"
-        times = (_moment("--since", self.since), _moment("--until", self.until))
-        return Which(tuple(self.ids) or None, self.handler, table, self.error_class, *times)
+        try:
+            return which(**self._asdict())
+        except Refused as error:
+            raise ConfigurationError([f"--{error}"]) from None
 
 
 class Decision(NamedTuple):
@@ -71,10 +67,10 @@ class Decision(NamedTuple):
 
 def list_dead_letters(wanted: Wanted, limit: int, *, as_json: bool) -> int:
     """List dead letters."""
-    which = wanted.read()
+    meant = wanted.read()
 
     async def ask(operations: Operations) -> int:
-        found = await operations.find(which, most=limit + 1)
+        found = await operations.find(meant, most=limit + 1)
         printing.show_dead_letters(found[:limit], as_json=as_json)
         if len(found) > limit:
             printing.show_problem(f"there are more than the {limit} shown: name some, or raise --limit")
@@ -95,8 +91,8 @@ def show_dead_letter(id_: int, *, as_json: bool) -> int:
 
 def decide(wanted: Wanted, decision: Decision, *, as_json: bool) -> int:
     """Redrive or discard those that are meant."""
-    which = wanted.read()
-    if which.is_all and not decision.everything:
+    meant = wanted.read()
+    if meant.is_all and not decision.everything:
         raise ConfigurationError(["name dead letters by id or by an option; --all means every one of them"])
     record = _edit(decision)
     if record is not None and len(wanted.ids) != 1:
@@ -107,7 +103,7 @@ def decide(wanted: Wanted, decision: Decision, *, as_json: bool) -> int:
         if record is not None and not decision.dry_run:
             told = [await operations.redrive(operator, wanted.ids[0], record)]
         else:
-            told = await operations.decide(operator, decision.action, which, dry_run=decision.dry_run)
+            told = await operations.decide(operator, decision.action, meant, dry_run=decision.dry_run)
         printing.show_dead_letters(told, as_json=as_json)
         refused = [one["refused"] for one in told if "refused" in one]
         for reason in refused:
@@ -175,20 +171,6 @@ def _operator(by: str | None) -> Operator:
         with contextlib.suppress(OSError, KeyError, ImportError):
             name = getpass.getuser()
     return Operator(name or f"user {os.getuid()}", "command")
-
-
-def _moment(option: str, given: str | None) -> datetime | None:
-    """Read a time: ISO 8601, in UTC where it names no zone, or so long ago, as in 90m."""
-    if given is None:
-        return None
-    if ago := _AGO.fullmatch(given):
-        return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
-    try:
-        moment = datetime.fromisoformat(given)
-    except ValueError:
-        problem = f"{option} {given} is no time: write 2026-01-31T09:00, or 90m, 12h, 7d for so long ago"
-        raise ConfigurationError([problem]) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _edit(decision: Decision) -> dict[str, Any] | None:

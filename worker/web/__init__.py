@@ -1,7 +1,8 @@
-"""HTTP of the processes: health, and whose request it is; what else answers has its place beside them."""
+"""HTTP of the processes: health, whose request it is, and what operators decide."""
 
 from worker.web.bearer import Bearer
+from worker.web.desk import Desk, desk_routes
 from worker.web.health import StatusProvider, health_app
 from worker.web.serving import Served, serve
 
-__all__ = ["Bearer", "Served", "StatusProvider", "health_app", "serve"]
+__all__ = ["Bearer", "Desk", "Served", "StatusProvider", "desk_routes", "health_app", "serve"]

@@ -47,10 +47,13 @@ class StatusProvider(Protocol):
         ...
 
 
-class _Json(Response):
+class Json(Response):
+    """JSON of whatever can be shown as such."""
+
     media_type = "application/json"
 
     def render(self, content: object) -> bytes:
+        """Write it."""
         return orjson.dumps(content, default=str, option=orjson.OPT_NON_STR_KEYS) + b"\n"
 
 
@@ -99,14 +102,14 @@ async def _in_time(answer: Awaitable[_T], seconds: float) -> _T | str:
 
 
 def _answer(content: object, *, good: bool) -> Response:
-    return _Json(content, _OK if good else _UNAVAILABLE, headers={"Cache-Control": "no-store"})
+    return Json(content, _OK if good else _UNAVAILABLE, headers={"Cache-Control": "no-store"})
 
 
 async def _refuse(_request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    return _Json({"error": error.detail}, error.status_code, headers=dict(error.headers or {}))
+    return Json({"error": error.detail}, error.status_code, headers=dict(error.headers or {}))
 
 
 async def _fail(_request: Request, error: Exception) -> Response:
-    return _Json({"error": f"internal error ({type(error).__name__}): see the log"}, 500)
+    return Json({"error": f"internal error ({type(error).__name__}): see the log"}, 500)

@@ -9,8 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.mechanism.bench import Bench, item
 from worker import Change, GiveUp, Handlers
-from worker.audit import Operator
-from worker.dead_letters import Which
+from worker.asked import Operator, Which
 from worker.draining.drain import Drain
 from worker.draining.passes import Pass
 from worker.errors import Refused, Unknown
