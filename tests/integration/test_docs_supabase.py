@@ -5,13 +5,22 @@ import re
 import sys
 import types
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import httpx
 import jwt
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
+from config.settings import Settings
 from tests.stack import ROOT, SECRET
+from worker import Change, Context
+from worker.change import Position, Record
+from worker.supabase import SupabaseClients
 from worker.web import serve
 
 PAGE = (ROOT / "docs/supabase.md").read_text()
@@ -50,3 +59,37 @@ async def test_tokens(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch)
         refused = await client.get("/me", headers={"Authorization": f"Bearer {good}x"})
     assert answer.json() == {"id": "u1", "role": "authenticated"}
     assert refused.status_code == 401
+
+
+async def test_storage_from_a_handler(module: types.ModuleType) -> None:
+    asked: list[tuple[str, str, bytes]] = []
+
+    async def answer(request: Request) -> JSONResponse:
+        asked.append((request.method, request.url.path, await request.body()))
+        return JSONResponse({"Key": "x", "Id": "x", "signedURL": "/object/sign/bills/7/1.txt?token=t"})
+
+    app = Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])])
+    handler = run(example("Storage, Auth and PostgREST from a handler"), module)["bill"]
+    async with serve(app, "127.0.0.1", 0) as served:
+        clients = SupabaseClients(
+            Settings(
+                _env_file=None,  # type: ignore[call-arg] # as config.settings does
+                supabase_url=served.url,
+                service_role_key="sb_secret_of_nobody",
+                database_url="postgresql://u:p@127.0.0.1:1/x",
+                redis_url="redis://127.0.0.1:1",
+            )
+        )
+        record = Record({"id": 1, "customer_id": 7, "amount": Decimal("9.50")})
+        change = Change(
+            position=Position(1, 0), schema="public", table="orders", type="INSERT", record=record
+        )
+        await handler(change, None, Context(None, None, "key", clients.get))  # type: ignore[arg-type] # not used
+        await clients.close()
+    assert [path for _, path, _ in asked] == [
+        "/storage/v1/object/bills/7/1.txt",
+        "/storage/v1/object/sign/bills/7/1.txt",
+        "/rest/v1/rpc/send_mail",
+    ]
+    assert b"9.50" in asked[0][2]
+    assert b"token=t" in asked[2][2]
