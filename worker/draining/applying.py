@@ -14,6 +14,7 @@ from worker import held, positions
 from worker.change import Change, Position
 from worker.draining.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome
 from worker.draining.items import Decoder, Item, KeyItem
+from worker.draining.notes import verdict
 from worker.draining.passes import Turn
 from worker.held import Blocked, HeldRow, Kept
 from worker.lanes import Lane, Read
@@ -293,14 +294,13 @@ class Applying:
         lock = positions.lock_others if kept.keys else positions.wait_for_others
         if len(await lock(session, self.handler.name, others)) < len(others):
             return False  # one of its lanes is being drained just now: it stays due
-        name = f"held:{row.id}"
         spoiler = turn.spoilers.get(("held", row.id))
         failure = spoiler
         if failure is None and turn.notes is not None:
-            failure = turn.notes.verdict(name, self.policy)
+            failure = verdict(turn.notes.deaths_of_held(row.id), self.policy)
         if failure is None:
             if turn.notes is not None:
-                await turn.notes.begin(name)
+                await turn.notes.begin_held(row.id)
             failure = await self._call_again(turn, row)
         if failure is not None:
             self.tell(turn.lane, failure)

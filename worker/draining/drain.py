@@ -6,6 +6,7 @@ position, check the chain, call the handler, move the position, commit, and only
 Which worker does it, and when, is not decided here (see turns.py).
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from worker.draining.calls import Caller, CallFailedError, LaneBlockedError, Tra
 from worker.draining.chain import is_hole
 from worker.draining.items import Decoder
 from worker.draining.meetings import Meeting, meet, other_lanes
-from worker.draining.notes import Notes, Suspicion
+from worker.draining.notes import Notes, Suspicion, verdict
 from worker.draining.parking import Parking
 from worker.draining.passes import Pass, Progress, Turn
 from worker.draining.truncates import with_kept_keys
@@ -73,15 +74,28 @@ class Drain:
         self._careful = 0
         self._suspicions: dict[Lane, Suspicion] = {}
 
-    def suspect(self, lane: Lane, worker: str) -> None:
-        """Note that the worker before this one has died over a lane: perhaps of one of its changes."""
-        self._suspicions[lane] = Suspicion(worker)
+    def suspect(self, lane: Lane, worker: str, alone: asyncio.Lock) -> None:
+        """Note that the worker before this one has died over a lane: perhaps of one of its changes.
+
+        Args:
+            lane: which.
+            worker: this one.
+            alone: held during each pass over such a lane; one for all drains of a worker.
+        """
+        self._suspicions[lane] = Suspicion(worker, alone)
 
     async def run(self, lane: Lane) -> Progress:
         """Make one pass over a lane.
 
         Whatever a handler does ends in a Progress; raises only what is wrong with this program.
         """
+        suspicion = self._suspicions.get(lane)
+        if suspicion is None:
+            return await self._timed(lane)
+        async with suspicion.alone:
+            return await self._timed(lane)
+
+    async def _timed(self, lane: Lane) -> Progress:
         began = time.monotonic()
         full = False
         try:
@@ -175,7 +189,8 @@ class Drain:
         take = self._parking.park if parks else self._applying.fresh
         reads = await self._seen(turn, found)
         if turn.notes is not None and not parks:
-            turn, reads, full = await self._alone(turn, reads), reads[:1], True
+            turn, reads = await self._few(turn, turn.notes, reads)
+            full = True
         if batch := self._applying.cut(turn, _until_meeting(reads)):
             await self._chained(turn, batch)
             batch = await with_kept_keys(turn, self.handler, self._applying.decoder, batch)
@@ -203,24 +218,23 @@ class Drain:
             reads = [read for read in reads if read.entry.count <= park_to]
         return reads, True, True
 
-    async def _alone(self, turn: Turn, reads: Sequence[Read]) -> Turn:
-        """Note the call for the first entry, and see whether it has ended too many workers."""
-        notes = turn.notes
-        if notes is None:
-            return turn
-        if notes.suspicion.until is None and reads:
-            notes.suspicion.until = reads[-1].position
-        if not reads or notes.suspicion.until is None or reads[0].position > notes.suspicion.until:
+    async def _few(self, turn: Turn, notes: Notes, reads: list[Read]) -> tuple[Turn, list[Read]]:
+        """Of a lane under suspicion take a few entries, and note the call; or judge the first of them."""
+        suspicion = notes.suspicion
+        if suspicion.until is None and reads:
+            suspicion.until = reads[-1].position
+        if not reads or suspicion.until is None or reads[0].position > suspicion.until:
             self._suspicions.pop(turn.lane, None)
-            return turn
+            return turn, reads
         position, entry = reads[0]
-        failure = notes.verdict(str(position), self._applying.policy)
+        failure = verdict(notes.deaths(position), self._applying.policy)
         if failure is None:
-            await notes.begin(str(position))
-            return turn
+            reads = reads[: notes.few(position)]
+            await notes.begin(position, reads[-1].position)
+            return turn, reads
         culprits: Sequence[object] = entry.keys if self.handler.kind == "derive" else (position,)
         turn.spoilers.update(dict.fromkeys(culprits, failure))
-        return replace(turn, careful=True)
+        return replace(turn, careful=True), reads[:1]
 
     async def _seen(self, turn: Turn, reads: list[Read]) -> list[Read]:
         """Cut off what is decoded but cannot be seen yet: a handler would compute from the old state."""

@@ -1,12 +1,13 @@
 """Finds the change whose call ends the worker's process: a crash, out of memory.
 
 Nothing of such a call is ever committed, and it would be repeated for ever. A lane that is taken from a dead
-worker is under suspicion: what that worker may have had in hand is applied one by one, each call noted
-before it begins. The note lies in Redis, where it is a hint like the claim: lost, it is written again by the
-next death. Whoever finds the note of a dead worker counts one more death for that change; after three it is
-not called again, but a dead letter. Nothing is noted while nobody dies.
+worker is under suspicion: what that worker may have had in hand is applied a few at a time, each call noted
+before it begins. Where another worker dies over the few, they are called one by one; the one over which a
+third dies is not called again, but a dead letter. The note lies in Redis, where it is a hint like the claim:
+lost, it is written again by the next death. Nothing is noted while nobody dies.
 """
 
+import asyncio
 from dataclasses import dataclass
 
 import msgspec
@@ -17,14 +18,18 @@ from worker.lanes import Lane, Lanes
 from worker.retries import Failure, Policy, classify
 
 MOST_DEATHS = 3
+FEW = 25
+"""Entries of one call after the first death: most workers die for other reasons, which must cost little."""
 
 
 class _Note(msgspec.Struct, frozen=True, array_like=True):
     worker: str
-    name: str
-    """What is called: a position, or `held:<id>`."""
+    first: str
+    """What is called: the position of an entry, or `held:<id>`."""
+    last: str
+    """The last entry of the call; empty for what is held."""
     deaths: int
-    """Of workers, before this call."""
+    """Of workers over it, before this call."""
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -37,8 +42,13 @@ class Suspicion:
 
     worker: str
     """Who has the lane now."""
+    alone: asyncio.Lock
+    """Of this worker: what is in hand in another lane when it dies must not be accused."""
     until: Position | None = None
     """End of what the dead worker may have had in hand; None before the first look."""
+    deaths: int = 1
+    """Over the entries up to `narrowed`."""
+    narrowed: Position | None = None
 
 
 class Notes:
@@ -56,25 +66,44 @@ class Notes:
         """Read what the dead worker has left."""
         return cls(lanes, lane, suspicion, await lanes.noted(lane))
 
-    def deaths(self, name: str) -> int:
-        """Count the workers that have died over a call, the one that raised the suspicion included."""
+    # Entries
+
+    def deaths(self, at: Position) -> int:
+        """Count the workers that have died over the entry, as far as is known; at least the first."""
+        found, suspicion = self._found, self.suspicion
+        if found is not None and found.last:
+            last = Position.parse(found.last)
+            if Position.parse(found.first) <= at <= last:
+                suspicion.deaths, suspicion.narrowed = self._of_found(found), last
+        return suspicion.deaths if suspicion.narrowed is not None and at <= suspicion.narrowed else 1
+
+    def few(self, at: Position) -> int:
+        """Tell how many entries to take at once, from this one on."""
+        return FEW if self.deaths(at) <= 1 else 1
+
+    async def begin(self, first: Position, last: Position) -> None:
+        """Note that a call with these entries begins."""
+        await self._write(str(first), str(last), self.deaths(first))
+
+    # Held changes, which are called one by one anyway
+
+    def deaths_of_held(self, id_: int) -> int:
+        """Count the workers that have died over a held change."""
         found = self._found
-        if found is None or found.name != name:
-            return 1
+        return self._of_found(found) if found is not None and found.first == f"held:{id_}" else 1
+
+    async def begin_held(self, id_: int) -> None:
+        """Note that the call of a held change begins."""
+        await self._write(f"held:{id_}", "", self.deaths_of_held(id_))
+
+    # Both
+
+    def _of_found(self, found: _Note) -> int:
         # One of our own is of an earlier try of the same pass.
         return found.deaths + (found.worker != self.suspicion.worker)
 
-    def verdict(self, name: str, policy: Policy) -> Failure | None:
-        """Tell whether it is not to be called any more."""
-        if (deaths := self.deaths(name)) < MOST_DEATHS:
-            return None
-        return classify(WorkerDied(f"{deaths} workers have died in this call"), 1, policy)
-
-    async def begin(self, name: str) -> None:
-        """Note that a call begins."""
-        await self._lanes.note(
-            self._lane, _ENCODER.encode(_Note(self.suspicion.worker, name, self.deaths(name)))
-        )
+    async def _write(self, first: str, last: str, deaths: int) -> None:
+        await self._lanes.note(self._lane, _ENCODER.encode(_Note(self.suspicion.worker, first, last, deaths)))
         self._written = True
 
     async def end(self) -> None:
@@ -82,3 +111,10 @@ class Notes:
         if self._written:
             await self._lanes.forget_note(self._lane)
             self._written = False
+
+
+def verdict(deaths: int, policy: Policy) -> Failure | None:
+    """Judge what workers have died over; None where it is to be called once more."""
+    if deaths < MOST_DEATHS:
+        return None
+    return classify(WorkerDied(f"{deaths} workers have died in this call"), 1, policy)

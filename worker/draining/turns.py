@@ -65,6 +65,8 @@ class Draining:
         self._generation: str | None = None
         """As the last sweep found it."""
         self._trouble = ""
+        self._alone = asyncio.Lock()
+        """Of lanes over which workers have died, one is worked on at a time."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.queued = asyncio.Event()
@@ -109,7 +111,7 @@ class Draining:
         try:
             claim = await self._lanes.claim(lane, self.name)
             if claim is Claim.FROM_THE_DEAD:
-                drain.suspect(lane, self.name)
+                drain.suspect(lane, self.name, self._alone)
             if claim is not Claim.REFUSED:
                 handed_over = False
                 handed_over = await self._turn(drain, lane, bell)

@@ -167,7 +167,7 @@ class Deadly:
         drain = at.drain(lane.handler, timeout=60)
         await at.lanes.alive(name)
         if await at.lanes.claim(lane, name) is Claim.FROM_THE_DEAD:
-            drain.suspect(lane, name)
+            drain.suspect(lane, name, asyncio.Lock())
         self.calling.clear()
         dying = asyncio.create_task(self.calling.wait(), name="test: dying")
         ended = Pass.MORE
