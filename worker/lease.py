@@ -8,7 +8,7 @@ import secrets
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.change import Position
@@ -16,24 +16,40 @@ from worker.lanes import LeaseLostError
 
 LEASE_SECONDS = 8
 RENEW_SECONDS = 2
+IDLE_MS = 5_000
+_UNFROZEN = f"set_config('idle_in_transaction_session_timeout', '{IDLE_MS}', true)"
 
-_TAKE = text(
+
+def limited(statement: str) -> TextClause:
+    """Complete a statement that locks the row, given up to its `returning`, with a limit to its transaction.
+
+    A listener that is frozen in the middle of one would otherwise keep the row, and nobody else could take
+    the lease, however long it has ended: kernels answer the keep-alives of a stopped process.
+    """
+    return text(f"{statement} {_UNFROZEN}")
+
+
+_TAKE = limited(
     "update tailrace.source set lease_token = :token, lease_holder = :holder,"
     " lease_until = clock_timestamp() + make_interval(secs => :seconds)"
-    " where lease_until < clock_timestamp() or lease_token is null returning id"
+    " where lease_until < clock_timestamp() or lease_token is null"
+    " returning"
 )
-_RENEW = text(
+_RENEW = limited(
     "update tailrace.source set lease_until = clock_timestamp() + make_interval(secs => :seconds),"
-    " live_at = coalesce(cast(:sure as timestamptz), live_at) where lease_token = :token returning id"
+    " live_at = coalesce(cast(:sure as timestamptz), live_at) where lease_token = :token"
+    " returning"
 )
-_GIVE_UP = text(
+_GIVE_UP = limited(
     "update tailrace.source set lease_token = null, lease_until = '-infinity',"
     " live_at = coalesce(cast(:sure as timestamptz), live_at) where lease_token = :token"
+    " returning"
 )
-_GENERATION = text(
+_GENERATION = limited(
     "update tailrace.source set generation = :generation, floor_lsn = :lsn, floor_ordinal = :ordinal"
-    " where lease_token = :token returning id"
+    " where lease_token = :token returning"
 )
+_LIVE = text(f"select live_at, {_UNFROZEN} from tailrace.source")  # noqa: S608 - a constant of ours
 
 
 class Holder(NamedTuple):
@@ -89,9 +105,7 @@ async def live_since(connection: AsyncConnection) -> datetime | None:
 
     From then on it counts as read: a listener that is killed before it is subscribed leaves a gap too.
     """
-    live_at: datetime | None = (
-        await connection.execute(text("select live_at from tailrace.source"))
-    ).scalar_one()
+    live_at: datetime | None = (await connection.execute(_LIVE)).one()[0]
     if live_at is None:
         await connection.execute(text("update tailrace.source set live_at = clock_timestamp()"))
     return live_at

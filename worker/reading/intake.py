@@ -16,7 +16,7 @@ import structlog
 from redis.exceptions import RedisError
 from sqlalchemy import text
 
-from worker import gaps
+from worker import gaps, lease
 from worker.backfill import Backfills
 from worker.change import Position, RawChange
 from worker.lanes import Backlog, LeaseLostError
@@ -30,9 +30,9 @@ from worker.source import Gap
 log = structlog.get_logger(__name__)
 
 FULL_SECONDS = 0.1
-_NOTE = text(
+_NOTE = lease.limited(
     "update tailrace.source set noted_lsn = :lsn, noted_ordinal = :ordinal"
-    " where lease_token = :token returning id"
+    " where lease_token = :token returning"
 )
 _FILTERED = text("update tailrace.handlers set filtered = filtered + :count where name = :name")
 

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.change import Position
 from worker.lanes import Lane, LeaseLostError
+from worker.lease import limited
 from worker.wal.publication import Fingerprint
 from worker.wal.slot import Recorded, Server
 
@@ -24,9 +25,9 @@ _BEGIN = text(
     " timeline = :timeline, server_started = cast(cast(:started as text) as timestamptz),"
     " published = cast(:published as jsonb), reread = null where lease_token = :token returning id"
 )
-_TARGET = text(
+_TARGET = limited(
     "update tailrace.source set slot_target = greatest(slot_target, :target)"
-    " where lease_token = :token returning id"
+    " where lease_token = :token returning"
 )
 _PUBLISHED = text(
     "update tailrace.source set published = cast(:published as jsonb) where lease_token = :token"
