@@ -18,7 +18,8 @@ from worker.database import forget_statements, is_away
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 5.0
-DOUBT_SECONDS = 10.0
+DOUBT_SECONDS = 1.0
+FORGET_SECONDS = 10.0
 
 
 class SchemaWatch:
@@ -40,7 +41,7 @@ class SchemaWatch:
         self._tables = tuple(tables)
         self._signature: str | None = None
         self._lock = asyncio.Lock()
-        self._doubted = -DOUBT_SECONDS
+        self._looked = self._forgot = -FORGET_SECONDS
 
     async def look(self, connection: AsyncConnection | None = None) -> bool:
         """See whether a table was altered, and read the catalogue again if so; returns whether it differs.
@@ -64,8 +65,12 @@ class SchemaWatch:
 
     async def doubt(self, connection: AsyncConnection) -> None:
         """Look, because something has failed. Tables that handlers only write to may be altered, too."""
-        if not await self.look(connection) and time.monotonic() - self._doubted > DOUBT_SECONDS:
-            self._doubted = time.monotonic()
+        now = time.monotonic()
+        if now - self._looked < DOUBT_SECONDS:
+            return  # passes with care come in rows, and each of them asks
+        self._looked = now
+        if not await self.look(connection) and now - self._forgot > FORGET_SECONDS:
+            self._forgot = now
             forget_statements(self._engine)
 
     async def keep(self) -> None:

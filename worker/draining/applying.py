@@ -71,7 +71,7 @@ class Applying:
             LaneBlockedError: roll back, and wait.
         """
         turn.progress.latest_at = batch[-1].entry.at
-        if turn.careful:
+        if turn.careful and turn.notes is None:  # a call has failed; under suspicion none has
             await self.decoder.doubt(turn.session)
         waiting = turn.row.holding + turn.progress.holding[turn.lane.number]
         blocked = Blocked()
