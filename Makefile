@@ -10,6 +10,8 @@ STAMP  := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 ARGS   ?=
+# Tests mostly wait for processes of their own: two at a time, whole files each. PROCESSES=0 for a debugger.
+PROCESSES ?= 2
 
 .PHONY: help setup run test bench chaos check format lint types contracts lock clean
 
@@ -29,9 +31,9 @@ run: $(STAMP) ## the main job; with nothing configured, the demo on the embedded
 	@exec $(BIN)/python -m examples.main $(ARGS)
 
 test: $(STAMP) ## the tests (ARGS="-k lanes" chooses)
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
-bench: $(STAMP) ## the benchmarks (ARGS="latency --json FILE" or ARGS=drain)
+bench: $(STAMP) ## the benchmarks (ARGS="latency --json FILE", ARGS=drain or ARGS=big)
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 chaos: $(STAMP) ## proven delivery while everything dies at random (ARGS="--seed 7 --seconds 120")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import drain, latency
+from benchmarks import big, drain, latency
 from benchmarks.report import Report, machine
 from examples.demo.processes import DemoError
 
@@ -35,6 +35,18 @@ def parser() -> argparse.ArgumentParser:
     second.add_argument(
         "--only", choices=[one.name for one in drain.WORKLOADS], action="append", help="only this work"
     )
+    third = names.add_parser("big", help=big.TITLE, description=big.TITLE)
+    third.add_argument("--rows", type=_whole, default=1_000_000, help="of the transaction (%(default)s)")
+    third.add_argument("--transport", choices=["stream", "windows"], default="stream", help="(%(default)s)")
+    third.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="setting of the daemon",
+    )
+    third.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     for one in (first, second):
         one.add_argument("--rounds", type=_whole, default=5, help="of which the median counts (%(default)s)")
         one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -75,6 +87,8 @@ async def _run(options: argparse.Namespace, report: Report) -> None:
             rounds=options.rounds,
             poll_interval=options.poll_interval,
         )
+    elif options.name == "big":
+        await big.measure(report, rows=options.rows, transport=options.transport, settings=dict(options.set))
     else:
         await drain.measure(report, changes=options.changes, rounds=options.rounds, only=options.only)
 
@@ -84,6 +98,13 @@ def _positive(text: str) -> float:
         if float(text) > 0:
             return float(text)
     raise argparse.ArgumentTypeError(f"a number above 0 is wanted, not {text!r}")
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if equals and name:
+        return name, value
+    raise argparse.ArgumentTypeError(f"NAME=VALUE is wanted, not {text!r}")
 
 
 def _whole(text: str) -> int:

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
 
 from examples.demo.database import Connection, connect, execute
 from examples.demo.processes import Child, Children, DemoError
@@ -64,6 +65,17 @@ class Stack:
         child = await self.children.start(f"worker {number}", command, self.settings)
         await child.said(lambda line: line if line.get("message") == "working" else None)
         return child
+
+    async def read_in_windows(self) -> None:
+        """Have the log read as behind a pooler: the direct connection is one that may not replicate.
+
+        To be called before the listener is started.
+        """
+        await self.db.execute("create role narrow login password 'narrow'")
+        parts = urlsplit(self.database_url)
+        place = parts.netloc.rpartition("@")[2]
+        direct = urlunsplit(parts._replace(netloc=f"narrow:narrow@{place}"))
+        self.settings["DATABASE_DIRECT_URL"] = direct
 
     async def until(self, query: str, value: int, *, seconds: float, children: tuple[Child, ...]) -> None:
         """Wait until a query gives at least a value: commits of other processes send no signal.
