@@ -75,7 +75,7 @@ class Applying:
             await self.decoder.doubt(turn.session)
         waiting = turn.row.holding + turn.progress.holding[turn.lane.number]
         blocked = Blocked()
-        if waiting > 0 or len(batch[0].entry.lanes) > 1:
+        if waiting > 0 or any(len(read.entry.lanes) > 1 for read in batch):
             keys = sorted({key for read in batch for key in read.entry.keys})
             if keys:
                 blocked = await held.held_keys(turn.session, self.handler.name, keys)

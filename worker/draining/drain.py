@@ -22,8 +22,8 @@ from worker.database import explain, is_away, is_conflict, is_locked
 from worker.draining import parking
 from worker.draining.applying import Applying
 from worker.draining.calls import Caller, CallFailedError, LaneBlockedError, TransactionSpoiltError
-from worker.draining.chain import is_hole
 from worker.draining.items import Decoder
+from worker.draining.joint import Gate, Joint, has_hole, join
 from worker.draining.meetings import Meeting, meet, other_lanes
 from worker.draining.notes import Notes, Suspicion, verdict
 from worker.draining.parking import Parking
@@ -72,6 +72,7 @@ class Drain:
         self._batch = batch
         self._most = min(batch, FIRST_BATCH)
         self._careful = 0
+        self._gate = Gate()
         self._suspicions: dict[Lane, Suspicion] = {}
 
     def suspect(self, lane: Lane, worker: str, alone: asyncio.Lock) -> None:
@@ -99,7 +100,8 @@ class Drain:
         began = time.monotonic()
         full = False
         try:
-            progress = await self._until_applied(lane)
+            async with self._gate.passing():
+                progress = await self._until_applied(lane)
             full = progress.ended is Pass.MORE and progress.applied > 0
             return progress
         finally:
@@ -197,6 +199,8 @@ class Drain:
             await take(turn, batch)
             progress.last, progress.read = batch[-1], sum(read.entry.changes for read in batch)
             return [], full or len(batch) < len(reads)
+        if reads and not parks and (joint := await self._joint(turn, reads)) is not None:
+            return await self._together(turn, joint)
         if reads:
             return await self._meet(turn, reads[0], take), False
         if found:
@@ -247,6 +251,29 @@ class Drain:
                 return reads[:n]
         return reads
 
+    async def _joint(self, turn: Turn, reads: list[Read]) -> Joint | None:
+        """See whether several lanes can go on in this transaction."""
+        # What is under suspicion is taken one by one, and by its own lane's passes.
+        if turn.notes is not None or turn.spoilers or len(reads[0].entry.lanes) == 1:
+            return None
+        if has_hole(turn.row.position, reads, turn.source.floor):
+            return None
+        shunned = {lane.number for lane in self._suspicions}
+        async with self._gate.taking() as alone:
+            if not alone:
+                return None
+            return await join(turn, reads, self._lanes, self._most, self._seen, shunned)
+
+    async def _together(self, turn: Turn, joint: Joint) -> tuple[Sequence[int], bool]:
+        """Apply the next changes of several lanes; returns as `_pass_entries` does."""
+        progress = turn.progress
+        await self._applying.fresh(turn, joint.batch)
+        progress.last = joint.lasts.pop(turn.lane.number)
+        progress.read = sum(read.entry.changes for read in joint.batch)
+        progress.others = joint.lasts
+        progress.wake.update(joint.behind - {turn.lane.number})
+        return [], True
+
     async def _meet(self, turn: Turn, read: Read, take: Take) -> Sequence[int]:
         """Go to a change of several lanes; return the other lanes that have been moved past it."""
         progress, lane = turn.progress, turn.lane
@@ -279,6 +306,9 @@ class Drain:
         if progress.last is not None or progress.applied or progress.parked or holding:
             own = Moved(progress.read, progress.applied, holding.pop(turn.lane.number, 0), progress.parked)
             await positions.move(session, turn.lane, progress.at, own)
+        for number, read in sorted(progress.others.items()):
+            moved = Moved(holding=holding.pop(number, 0))
+            await positions.move(session, Lane(handler, number), read.position, moved)
         for number in met:
             moved = Moved(holding=holding.pop(number, 0))
             await positions.move(session, Lane(handler, number), progress.at, moved)
@@ -304,7 +334,9 @@ class Drain:
                 await progress.notes.end()
             if progress.last is not None:
                 await self._lanes.trim(generation, lane, progress.last)
-                for number in other_lanes(progress.last, lane):
+                for number, read in progress.others.items():
+                    await self._lanes.trim(generation, Lane(lane.handler, number), read)
+                for number in other_lanes(progress.last, lane) if not progress.others else ():
                     await self._lanes.pass_over(generation, Lane(lane.handler, number), progress.at)
             elif progress.ended is Pass.EMPTY:
                 await self._lanes.pass_over(generation, lane, progress.at)
@@ -318,10 +350,7 @@ class Drain:
         An entry names the one before it. In plain delivery nobody can read a lost one again: the hole is
         recorded as a gap, in the transaction that passes it, and derive handlers are backfilled for it.
         """
-        before, hole = turn.row.position, False
-        for read in reads:
-            hole = hole or is_hole(before, Position.parse(read.entry.previous), turn.source.floor)
-            before = read.position
+        hole = has_hole(turn.row.position, reads, turn.source.floor)
         if hole and turn.source.delivery == "proven":
             raise _HoleError
         if hole:

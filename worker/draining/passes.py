@@ -50,6 +50,8 @@ class Progress:
     """By how much the number of parked rows of this lane has changed."""
     last: Read | None = None
     """The entry up to which the lane has moved."""
+    others: dict[int, Read] = field(default_factory=dict)
+    """Entries up to which other lanes have moved with it."""
     at: Position = Position.ZERO
     """Where the lane stands after the pass."""
     ended: Pass = Pass.EMPTY
