@@ -10,6 +10,7 @@ async def customer_totals(customer_ids: list[int], session: AsyncSession) -> Non
 
 from worker.change import Change, Context
 from worker.errors import GiveUp, RetryLater
+from worker.letters import DeadLetter
 from worker.registry import Handlers
 
-__all__ = ["Change", "Context", "GiveUp", "Handlers", "RetryLater"]
+__all__ = ["Change", "Context", "DeadLetter", "GiveUp", "Handlers", "RetryLater"]

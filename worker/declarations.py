@@ -18,6 +18,7 @@ from sqlalchemy.sql import Select
 from worker.change import Change
 from worker.errors import FilterError, HandlerProblem
 from worker.filters import Filter
+from worker.letters import Hook
 
 Kind = Literal["derive", "change"]
 _Read = TypeVar("_Read")
@@ -77,6 +78,8 @@ class Handler:
     wants_context: bool
     wants_list: bool
     """Derive handlers, and change handlers with `batch=`: the first argument is a list."""
+    hooks: tuple[Hook, ...] = ()
+    """Called with each dead letter."""
 
     def __repr__(self) -> str:
         # Short, and without the claims.
@@ -279,6 +282,18 @@ def merge(declarations: Sequence[Declaration]) -> tuple[Handler | None, list[str
     return Handler(
         name, kind, function, subscriptions, **options, wants_context=wants_context, wants_list=wants_list
     ), []
+
+
+def hook_problems(hook: Callable[..., Any]) -> list[str]:
+    """Tell what is wrong with a function that is to be called with dead letters."""
+    name = getattr(hook, "__name__", "hook")
+    wanted = f"async def {name}(letter) or (letter, context)"
+    if not inspect.iscoroutinefunction(hook):
+        return [f"{default_name(hook)}: must be a coroutine function: {wanted}"]
+    parameters = inspect.signature(hook).parameters.values()
+    if not 1 <= len(parameters) <= 2 or any(one.kind is not one.POSITIONAL_OR_KEYWORD for one in parameters):  # noqa: PLR2004 - letter, context
+        return [f"{default_name(hook)}: has a wrong signature, it must be: {wanted}"]
+    return []
 
 
 def _option_problems(options: Mapping[str, Any]) -> list[str]:

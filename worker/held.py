@@ -93,7 +93,8 @@ _INSERT = text(
 _FAILED = text(
     "update tailrace.held set attempts = attempts + :attempts, status = :status, halts = :halts,"
     " next_attempt_at = clock_timestamp() + make_interval(secs => :delay), error_class = :error_class,"
-    " error = :error, traceback = :traceback, hint = :hint, last_failed_at = clock_timestamp(),"
+    " error = :error, traceback = :traceback, hint = :hint, told_at = null,"
+    " last_failed_at = clock_timestamp(),"
     " first_failed_at = coalesce(first_failed_at, clock_timestamp()) where id = :id"
 )
 _ABSORB = text(

@@ -5,14 +5,25 @@ raise for a wrong declaration; they note it, so that the loader can report all p
 """
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql import Select
 
 from worker.change import Change, Context
-from worker.declarations import ROW_TYPES, Declaration, Handler, Kind, Subscription, declare, merge
+from worker.declarations import (
+    ROW_TYPES,
+    Declaration,
+    Handler,
+    Kind,
+    Subscription,
+    declare,
+    hook_problems,
+    merge,
+)
 from worker.errors import ConfigurationError
+from worker.letters import DeadLetter, Hook
 
 __all__ = ["Handler", "Handlers", "Subscription"]
 
@@ -75,6 +86,7 @@ _Many = TypeVar(
     bound=Callable[[list[Change], AsyncSession], _Result]
     | Callable[[list[Change], AsyncSession, Context], _Result],
 )
+_Hook = TypeVar("_Hook", bound=Callable[[DeadLetter], _Result] | Callable[[DeadLetter, Context], _Result])
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -88,6 +100,7 @@ class Handlers:
 
     def __init__(self) -> None:
         self._declared: list[Declaration] = []
+        self._hooks: list[Hook] = []
 
     def derive(self, table: str, **options: Unpack[DeriveOptions]) -> Callable[[_Derive], _Derive]:
         """Call the function with the distinct keys whose rows changed, to recompute from current state.
@@ -142,6 +155,15 @@ class Handlers:
         """Call the function with each change; `types=`: only of these types, TRUNCATE only if named here."""
         return self._decorator("change", "change", table, ROW_TYPES, options)
 
+    def dead_letter(self, hook: _Hook) -> _Hook:
+        """Call the function with each dead letter of the handlers of this module, at least once.
+
+        For alerting: it is given a `DeadLetter`, and a `Context` where it has a second parameter. It has no
+        session, and what it raises is logged and tried again later.
+        """
+        self._hooks.append(hook)
+        return hook
+
     def _decorator(
         self, decorator: str, kind: Kind, table: object, types: frozenset[str], options: Mapping[str, Any]
     ) -> Callable[[_Function], _Function]:
@@ -161,8 +183,10 @@ class Handlers:
         problems: list[str] = []
         for stack in stacks.values():
             handler, found = merge(stack)
-            handlers += [handler] if handler else []
+            handlers += [replace(handler, hooks=tuple(self._hooks))] if handler else []
             problems += found
+        for hook in self._hooks:
+            problems += hook_problems(hook)
         return handlers, problems
 
     def handlers(self) -> tuple[Handler, ...]:

@@ -24,6 +24,7 @@ from worker import loader
 from worker.catalogue import Catalogue, read_catalogue
 from worker.change import Context
 from worker.database import make_engine, wait_until_up
+from worker.draining.alerting import Alerting
 from worker.draining.calls import Caller
 from worker.draining.drain import Drain, make_limits
 from worker.draining.items import Decoder
@@ -77,8 +78,10 @@ class Workshop:
         draining: Draining,
         handlers: Sequence[Handler],
         watch: SchemaWatch,
+        alerting: Alerting,
     ) -> None:
         self._watch = watch
+        self._alerting = alerting
         self._settings = settings
         self._engine = engine
         self.draining = draining
@@ -112,7 +115,8 @@ class Workshop:
                 enqueue=enqueue,
                 at_once=AT_ONCE,
             )
-            yield cls(settings, engine, draining, handlers, watch)
+            alerting = Alerting(engine, handlers, lambda handler: _contexts(handler, redis, clients)(None))
+            yield cls(settings, engine, draining, handlers, watch, alerting)
             await draining.leave()
         finally:
             await clients.close()
@@ -127,6 +131,8 @@ class Workshop:
             (self.draining.sweep(), "worker: sweep"),
             (self._watch.keep(), "worker: schema"),
         ]
+        if self._alerting.needed:
+            tasks.append((self._alerting.keep(), "worker: alerts"))
         if self._settings.health_port is not None:
             tasks.append((self._serve_health(self._settings.health_port), "worker: health"))
         return tasks
