@@ -7,23 +7,26 @@ import builtins
 import datetime as dt
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import msgspec
 
-from worker.errors import MalformedChange, MissingValueError
+from worker.errors import MalformedChange, MissingValueError, SessionMisuse
 from worker.instances import detached
 from worker.values.scalars import Value
 
 if TYPE_CHECKING:
     # Only names in annotations here, and slow to import: seconds at every start of every process.
     from redis.asyncio import Redis
+    from sqlalchemy.orm import InstrumentedAttribute
     from structlog.typing import FilteringBoundLogger
     from supabase import AsyncClient
 
 ModelT = TypeVar("ModelT")
+RelatedT = TypeVar("RelatedT")
 
 ChangeType = Literal["INSERT", "UPDATE", "DELETE", "TRUNCATE"]
 RawSource = Literal["realtime", "wal"]
@@ -329,6 +332,22 @@ class Record(dict[str, Any]):
         return default
 
 
+class RowSource(Protocol):
+    """What a change's rows are loaded by during a call."""
+
+    async def row(self, change: "Change", model: type[Any]) -> Value:
+        """Give the row of the change."""
+        ...
+
+    async def related(self, change: "Change", attribute: "InstrumentedAttribute[Any]") -> Value:
+        """Give what belongs to the row of the change."""
+        ...
+
+
+ROWS_OF_CALL: Final[ContextVar[RowSource | None]] = ContextVar("tailrace_rows_of_call", default=None)
+"""Set while a handler is called: its changes know no session, and are the same in every call."""
+
+
 class Change(msgspec.Struct, frozen=True, kw_only=True):
     """One committed row operation, with Python values of the columns' types.
 
@@ -394,6 +413,35 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
                 f"a {self.type} of {self.schema}.{self.table} has no row to build {model.__name__} from"
             )
         return cast("ModelT", detached(model, row))
+
+    async def row(self, model: builtins.type[ModelT]) -> ModelT | None:
+        """Load the row as it is now, in the handler's session; None where there is none any more.
+
+        The rows of all changes of the call are loaded together, when the first is asked for.
+
+        Raises:
+            ValueError: the model is of another table, or this is a TRUNCATE.
+            SessionMisuse: no handler is being called.
+        """
+        return cast("ModelT | None", await _rows_of_call().row(self, model))
+
+    async def related(self, attribute: "InstrumentedAttribute[RelatedT]") -> RelatedT | None:
+        """Load what belongs to the row, such as `Order.items`; None where the row is not there any more.
+
+        Loaded for all changes of the call together, as `row` does.
+
+        Raises:
+            ValueError: as `row`; or the attribute is no relationship.
+            SessionMisuse: no handler is being called.
+        """
+        return cast("RelatedT | None", await _rows_of_call().related(self, attribute))
+
+
+def _rows_of_call() -> RowSource:
+    rows = ROWS_OF_CALL.get()
+    if rows is None:
+        raise SessionMisuse("rows of a change can be loaded during the handler's call only")
+    return rows
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,18 @@ from typing import Any
 import httpx
 import jwt
 import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from config.settings import Settings
-from tests.stack import ROOT, SECRET
+from tests.stack import ROOT, SECRET, Servers, project
 from worker import Change, Context
 from worker.change import Position, Record
+from worker.database import make_engine
+from worker.draining.calls import Caller
 from worker.supabase import SupabaseClients
 from worker.web import serve
 
@@ -59,6 +62,33 @@ async def test_tokens(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch)
         refused = await client.get("/me", headers={"Authorization": f"Bearer {good}x"})
     assert answer.json() == {"id": "u1", "role": "authenticated"}
     assert refused.status_code == 401
+
+
+async def test_rows_behind_changes(module: types.ModuleType, shared: Servers) -> None:
+    (handler,) = run(example("Rows behind changes"), module)["on"].handlers()
+    tables = """
+        create table orders (
+            id bigint primary key, customer_id bigint, status text, amount numeric,
+            created_at timestamptz, updated_at timestamptz
+        );
+        insert into orders
+        select n, n, case when n = 3 then 'paid' else 'new' end, n from generate_series(1, 3) n
+    """
+    async with project(shared, tables, "handlers") as made:
+        rows = [dict(row) for row in await made.db.fetch("select * from orders order by id")]
+        changes = [
+            Change(
+                position=Position(n, 0), schema="public", table="orders", type="INSERT", record=Record(row)
+            )
+            for n, row in enumerate([*rows, rows[0] | {"id": 99}])
+        ]
+        engine = make_engine(made.database_url, name="test", size=1)
+        caller = Caller(handler, timeout=30, policy=None, context=None)  # type: ignore[arg-type] # not used
+        async with AsyncSession(engine) as session, session.begin():
+            await caller.changes(session, changes, str)
+        await engine.dispose()
+        found = await made.db.fetch("select status from orders order by id")
+    assert [row["status"] for row in found] == ["shipped", "shipped", "paid"]
 
 
 async def test_storage_from_a_handler(module: types.ModuleType) -> None:

@@ -5,6 +5,7 @@ from typing import assert_type
 
 from sqlalchemy import column, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from worker import Change, Context, GiveUp, Handlers, RetryLater
 
@@ -56,6 +57,28 @@ async def forget(changes: Sequence[Change], session: AsyncSession, context: Cont
     claims={"sub": "1"},
 )
 async def with_options(change: Change, session: AsyncSession, context: Context | None = None) -> None: ...
+
+
+class Base(DeclarativeBase): ...
+
+
+class Customer(Base):
+    __tablename__ = "customers"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Order(Base):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    customer: Mapped[Customer] = relationship()
+    customers: Mapped[list[Customer]] = relationship()
+
+
+async def rows_have_the_type_of_their_model(change: Change) -> None:
+    assert_type(change.as_(Order), Order)
+    assert_type(await change.row(Order), Order | None)
+    assert_type(await change.related(Order.customer), Customer | None)
+    assert_type(await change.related(Order.customers), list[Customer] | None)
 
 
 async def decorators_keep_the_type_of_the_function(session: AsyncSession, change: Change) -> None:

@@ -11,12 +11,13 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from worker.change import Change, Context
+from worker.change import ROWS_OF_CALL, Change, Context
 from worker.database import sqlstate_of
 from worker.draining.guard import Watch, guarded
 from worker.errors import HandlerStuck
 from worker.registry import Handler
 from worker.retries import Failure, Policy
+from worker.rows.lazy import RowsOfCall
 from worker.sessions import acting_as, handler_session
 
 Item = TypeVar("Item")
@@ -94,10 +95,19 @@ class Caller:
         arguments: list[object] = []
         if self.handler.wants_context:
             arguments.append(self._context(idempotency_key))
-        async with acting_as(session, self.handler):
-            await self.handler.function(argument, handler_session(session), *arguments)
-            # What the handler left in the unit of work is part of its call, and may fail like it.
-            await session.flush()
+        changes = (
+            [argument] if isinstance(argument, Change) else argument if isinstance(argument, list) else []
+        )
+        rows = RowsOfCall(session, changes)
+        known = ROWS_OF_CALL.set(rows)
+        try:
+            async with acting_as(session, self.handler):
+                await self.handler.function(argument, handler_session(session), *arguments)
+                # What the handler left in the unit of work is part of its call, and may fail like it.
+                await session.flush()
+        finally:
+            rows.end()
+            ROWS_OF_CALL.reset(known)
 
 
 class Outcome(Generic[Item]):
