@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from worker import audit
+from worker import audit, overtaking
 from worker.asked import Which
 from worker.catalogue import read_catalogue
 from worker.change import Position, RawChange, RawSource
@@ -163,7 +163,8 @@ async def show(connection: AsyncConnection, id_: int) -> dict[str, Any]:
     found = await find(connection, Which(ids=(id_,)))
     if not found:
         raise unknown([id_])
-    return found[0].told_wholly() | {"audit": await audit.trail(connection, id_)}
+    newer = await overtaking.told(connection, id_)
+    return found[0].told_wholly() | {"newer": newer, "audit": await audit.trail(connection, id_)}
 
 
 def unknown(ids: Sequence[int]) -> Unknown:

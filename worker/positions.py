@@ -60,6 +60,8 @@ class SourceRow(NamedTuple):
     """False where Postgres is not what it was when the generation began (proven delivery alone)."""
     paused: bool
     """True where a person has paused the handler that was asked for."""
+    has_dead: bool
+    """True where that handler has dead letters."""
 
 
 # A dead or frozen process must not keep the row: Postgres ends its transaction by itself (kernel answers
@@ -86,7 +88,8 @@ _SOURCE = text(
     "select generation, floor_lsn, floor_ordinal, lanes, history, delivery,"
     " delivery = 'plain' or (server_started = pg_postmaster_start_time()"
     "  and timeline = (select timeline_id from pg_control_checkpoint())),"
-    " coalesce((select paused from tailrace.handlers where name = :handler), false)"
+    " coalesce((select paused from tailrace.handlers where name = :handler), false),"
+    " exists (select from tailrace.held where handler = :handler and status = 'dead')"
     " from tailrace.source"
 )
 # pgoutput tells 32 bits of a transaction id; what is less than half a circle ahead of now is of the future,
@@ -186,7 +189,7 @@ def _row(found: Any) -> LaneRow:  # noqa: ANN401 - a row of text(), which has no
 async def read_source(connection: AsyncConnection | AsyncSession, handler: str = "") -> SourceRow:
     """Read the generation in force, and whether a handler is paused."""
     row = (await connection.execute(_SOURCE, {"handler": handler})).one()
-    return SourceRow(row[0], Position(row[1], row[2]), row[3], row[4], row[5], bool(row[6]), row[7])
+    return SourceRow(row[0], Position(row[1], row[2]), row[3], row[4], row[5], bool(row[6]), *row[7:9])
 
 
 async def visible(session: AsyncSession, xids: Iterable[int]) -> set[int]:

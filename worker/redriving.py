@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
-from worker import audit, deciding, edits, held
+from worker import audit, deciding, edits, held, overtaking
 from worker.asked import Operator, Which
 from worker.audit import About
 from worker.catalogue import read_catalogue
@@ -77,13 +77,16 @@ async def redrive(engine: AsyncEngine, operator: Operator, id_: int, edit: Edit 
         if edit is not None:
             edited, stored = await _edited(connection, letter, edit)
             payload, details = edited.payload, {"before": edited.before, "after": stored}
+        newer = await overtaking.told(connection, letter.id)
+        await overtaking.hand_down(connection, letter.id)
         changed = {"id": letter.id, "lanes": lanes, "payload": payload}
         await connection.execute(_REDRIVE, changed)
         if not letter.halts:  # one that halts is counted already
             await deciding.count_holding(connection, letter.handler, lanes, 1)
         await audit.note(connection, operator, "redrive", About(letter.handler, letter.id), details)
         return Decided(
-            letter.told() | {"status": "retrying", "attempts": 0}, {Lane(letter.handler, lanes[0])}
+            letter.told() | {"status": "retrying", "attempts": 0, "newer": newer},
+            {Lane(letter.handler, lanes[0])},
         )
 
     return await _decide(engine, id_, act)
@@ -101,6 +104,7 @@ async def discard(engine: AsyncEngine, operator: Operator, id_: int) -> Decided:
         letter, there = await _lock(connection, letter, letter.lanes)
         about = {"handler": letter.handler, "changes": letter.changes}
         await connection.execute(_TAKE_HANDLER, about)
+        await overtaking.hand_down(connection, letter.id)
         await connection.execute(_DELETE, {"id": letter.id})
         # Which lane had counted it is all the same where lanes have gone since: they are added up.
         lane = letter.lanes[0] if letter.lanes[0] in there else 0

@@ -101,6 +101,9 @@ create table tailrace.held (
   hint            text,
   told_at         timestamptz,
   redriven        boolean not null default false,
+  overtaken_by    bigint not null default 0,
+  overtaken_lsn   bigint,
+  overtaken_ordinal bigint,
   first_failed_at timestamptz,
   last_failed_at  timestamptz
 );
@@ -108,6 +111,8 @@ comment on table tailrace.held is 'changes that wait: for a retry of their own, 
 comment on column tailrace.held.halts is 'a dead letter that holds back its keys until a person has decided';
 comment on column tailrace.held.waits is 'later changes of its keys wait behind it';
 comment on column tailrace.held.told_at is 'when the hooks for dead letters had been called';
+comment on column tailrace.held.overtaken_by is
+  'newer changes of its keys that were applied while it was the last dead letter before them';
 comment on column tailrace.held.redriven is 'a person has asked for it to be tried again';
 comment on column tailrace.held.status is
   'paused: no change, but the mark of a lane key that a person has paused; its id is below all others';
@@ -117,7 +122,8 @@ create index held_by_handler on tailrace.held (handler, id) where waits;
 create index held_of_all_keys on tailrace.held (handler, id) where waits and keys = '{}';
 create index held_by_key on tailrace.held using gin (keys) where waits;
 create index held_parked on tailrace.held (handler, (lanes[1]), id) where status = 'parked';
-create index held_dead on tailrace.held (id) where status = 'dead';
+create index held_dead on tailrace.held (handler, id) where status = 'dead';
+create index held_dead_by_key on tailrace.held using gin (keys) where status = 'dead';
 create index held_due on tailrace.held (next_attempt_at)
   where status = 'retrying' and next_attempt_at is not null;
 

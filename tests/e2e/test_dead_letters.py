@@ -114,7 +114,8 @@ async def test_dead_letters_are_found_looked_at_and_redriven_in_order(shop: Proj
     assert (code, "public.orders" in output, output.count("ValueError")) == (0, True, 6)
     assert await shop.db.fetchval("select count(*) from tailrace.held where status = 'dead'") == 6
     await shop.db.execute("delete from derived_poison")
-    await asked(shop, "dead-letters", "redrive", str(sixth), str(first), "--by", "anna")
+    told = await asked(shop, "dead-letters", "redrive", str(sixth), str(first), "--by", "anna")
+    assert [(one["id"], one["newer"]["count"]) for one in told] == sorted([(first, 0), (sixth, 0)])
     await shop.until("select count(*) from derived_log", 5)
     edited = '{"version": 41, "status": "mended"}'
     await asked(shop, "dead-letters", "redrive", str(second), "--record", edited)

@@ -147,13 +147,15 @@ def show_dead_letters(letters: Sequence[Mapping[str, Any]], *, as_json: bool) ->
         _print_json(letters)
         return
     words = ("id", "handler", "table", "type", "key", "attempts", "status", "error_class", "last_failed_at")
-    table = Table(*(word.replace("_", " ") for word in words))
+    decided = any("newer" in one for one in letters)
+    table = Table(*(word.replace("_", " ") for word in words), *(["newer ones applied"] if decided else []))
     for one in letters:
         name = ".".join(part for part in (one["schema"], one["table"]) if part)
         told = {**one, "table": name, "key": _key(one["key"])}
         if "refused" in one:
             told["status"] = "refused"
-        table.add_row(*(Text(_cell(told[word])) for word in words))
+        newer = _newer(one.get("newer")) if decided else ""
+        table.add_row(*(Text(_cell(told[word])) for word in words), *([Text(newer)] if decided else []))
     _console().print(table)
 
 
@@ -205,6 +207,13 @@ def show_pause(told: Mapping[str, Any], *, as_json: bool) -> None:
     more = told.get("paused_keys")
     keys = f"; {more} lane keys of it are paused" if more else ""
     _console().print(Text(f"{what} is {state}{also}{keys}"), soft_wrap=True)
+
+
+def _newer(told: Mapping[str, Any] | None) -> str:
+    """Say how many newer changes were applied."""
+    if told is None:
+        return ""
+    return f"{told['count']}, the last at {told['position']}" if told["count"] else "none"
 
 
 def _key(value: object) -> str:

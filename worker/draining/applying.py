@@ -18,6 +18,7 @@ from worker.draining.notes import verdict
 from worker.draining.passes import Turn
 from worker.held import Blocked, HeldRow, Kept
 from worker.lanes import Lane, Read
+from worker.overtaking import Applied
 from worker.registry import Handler
 from worker.retries import Allowance, Failure, classify
 
@@ -140,7 +141,7 @@ class Applying:
         if not turn.careful:
             items = await self._decoded(turn, free)
             await self.whole(self.changes_call(turn), items)
-            turn.progress.applied += len(items)
+            applied = items
         else:
             items = [readable[read.position] for read in free]
             outcome = await self.apart(
@@ -150,9 +151,11 @@ class Applying:
                 lambda item: item.read.entry.keys,
                 lambda item: item.read.position,
             )
-            turn.progress.applied += len(outcome.applied)
+            applied = outcome.applied
             verdicts += [_Verdict(item.read, failure) for item, failure in outcome.failed]
             verdicts += [_Verdict(item.read, None) for item in outcome.behind + outcome.untried]
+        turn.progress.applied += len(applied)
+        turn.progress.done += [Applied(item.read.entry.keys, item.read.position) for item in applied]
         # The order of a key is the order in which its changes are held.
         for read, failure in sorted(verdicts, key=lambda one: one.read.position):
             entry = read.entry
@@ -280,7 +283,7 @@ class Applying:
             for row in rows:
                 if seen and time.monotonic() > until:
                     return True
-                if row.attempts > 0 and not self._allowance.take():
+                if (row.attempts > 0 or row.redriven) and not self._allowance.take():
                     return False  # it stays due: the sweep comes back
                 seen.append(row.id)
                 if await self._again(turn, row):
@@ -290,6 +293,7 @@ class Applying:
     async def _again(self, turn: Turn, row: HeldRow) -> bool:
         """Call again for one held change; True where the pass had better end with it."""
         kept, session = row.kept, turn.session
+        turn.progress.retried = True
         others = kept.lanes[1:]
         lock = positions.lock_others if kept.keys else positions.wait_for_others
         if len(await lock(session, self.handler.name, others)) < len(others):
@@ -308,6 +312,7 @@ class Applying:
         else:
             await held.let_go(session, row)
             turn.progress.applied += kept.changes
+            turn.progress.done.append(Applied(kept.keys, kept.position))
         if failure is None or not failure.holds_back:
             turn.holds(kept.lanes, -1)
             turn.progress.wake |= await held.promote(session, self.handler.name, kept.keys)

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from worker import gaps, positions
+from worker import gaps, overtaking, positions
 from worker.change import Position
 from worker.database import explain, is_away, is_conflict, is_locked
 from worker.draining import parking
@@ -314,6 +314,10 @@ class Drain:
             await positions.move(session, Lane(handler, number), progress.at, moved)
         for number, rows in holding.items():
             await positions.count_held(session, Lane(handler, number), rows)
+        # Only a pass that calls again, or with care, makes a dead letter.
+        may_overtake = turn.source.has_dead or turn.careful or progress.retried
+        if may_overtake and self.handler.kind == "change":
+            await overtaking.note(session, handler, progress.done)
 
     async def _ask_reread(self, lane: Lane) -> Progress:
         """Have the lanes filled again from the slot; nothing was applied."""

@@ -16,6 +16,7 @@ from worker.draining.items import Item, KeyItem
 from worker.draining.passes import Turn
 from worker.held import HeldRow, Kept
 from worker.lanes import Read
+from worker.overtaking import Applied
 from worker.retries import Failure
 
 log = structlog.get_logger(__name__)
@@ -136,6 +137,7 @@ class Parking:
         progress = turn.progress
         await parked.let_go(turn.session, [row.id for row in rows])
         progress.applied += sum(row.kept.changes for row in rows)
+        progress.done += [Applied(row.kept.keys, row.kept.position) for row in rows]
         progress.parked -= len(rows)
         turn.holds((turn.lane.number,), -len(rows))
         await self._promote(turn, rows)

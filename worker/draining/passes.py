@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from worker.change import Position
 from worker.draining.notes import Notes
 from worker.lanes import Lane, Read
+from worker.overtaking import Applied
 from worker.positions import LaneRow, SourceRow
 from worker.retries import Failure
 
@@ -56,6 +57,10 @@ class Progress:
     """Where the lane stands after the pass."""
     ended: Pass = Pass.EMPTY
     reason: str = ""
+    done: list[Applied] = field(default_factory=list)
+    """Changes that were applied, of a change handler."""
+    retried: bool = False
+    """Held changes were tried again."""
     wake: set[int] = field(default_factory=set)
     """Other lanes that can go on now."""
     notes: Notes | None = None

@@ -326,6 +326,55 @@ async def test_nobody_redrives_for_a_handler_that_is_gone_but_anybody_discards(
     assert [one["status"] for one in await desk.discard()] == ["discarded"]
 
 
+async def newer(desk: Desk) -> list[int]:
+    """Tell of each dead letter how many newer changes of its keys were applied."""
+    return [(await desk.operations.show(one))["newer"]["count"] for one in await desk.dead()]
+
+
+async def test_who_redrives_is_told_which_newer_changes_were_applied(
+    at: Bench, shop: Shop, desk: Desk
+) -> None:
+    await at.load(shop.on)
+    drain = at.drain("goes-on")
+    # In one pass, in later ones, parked, and redriven ones: whatever applies them.
+    for note in ("poison 1", "fine 1", "poison 2", "fine 2", "fine 3"):
+        await at.put("items", item(1, 7, note))
+    await at.put("items", item(2, 8, "of another key"))
+    await passes(at, drain)
+    assert await newer(desk) == [3, 2]
+    await at.put("items", item(1, 7, "fine 4"))
+    await passes(at, drain)
+    await desk.pause("goes-on")
+    for note in ("fine 5", "poison 3", "fine 6"):
+        await at.put("items", item(1, 7, note))
+    await passes(at, drain)
+    await desk.resume("goes-on")
+    await passes(at, drain)
+    assert await newer(desk) == [6, 5, 1]
+    first, second, third = await desk.dead()
+    last = await at.db.fetchval("select max(lsn) from tailrace.lanes where handler = 'goes-on'")
+    shop.sick = False
+    (told,) = await desk.redrive(second)
+    assert told["newer"]["count"] == 5
+    assert told["newer"]["position"].startswith(f"{last}-")
+    assert await newer(desk) == [6, 1]
+    await passes(at, drain)
+    assert await newer(desk) == [7, 1]
+    await desk.discard(third)
+    (told,) = await desk.redrive(first)
+    assert told["newer"]["count"] == 7
+
+
+async def test_a_dead_letter_that_none_has_overtaken(at: Bench, shop: Shop, desk: Desk) -> None:
+    await at.load(shop.on)
+    await at.put("items", item(1, 7, "fine"))
+    await at.put("items", item(1, 7, "poison"))
+    await at.put("items", item(2, 8, "of another key"))
+    await passes(at, at.drain("goes-on"))
+    (told,) = await desk.redrive()
+    assert told["newer"] == {"count": 0, "position": None}
+
+
 # Lane keys
 
 

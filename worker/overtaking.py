@@ -1,0 +1,71 @@
+"""Dead letters that newer changes of their keys have overtaken: who redrives one is told of them.
+
+Noted in the transaction that applies the newer change, and only at the last dead letter before it: a key may
+have thousands. What was applied after an earlier one is the sum of what is noted from it on.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from worker.change import Position
+
+# In the order of positions, each applied change of a key belongs to the dead letter of the key before it.
+_NOTE = text(
+    "with applied as (select * from unnest(cast(:keys as text[]), cast(:lsns as bigint[]),"
+    "  cast(:ordinals as bigint[])) g (key, lsn, ordinal)),"
+    " known as (select k.key, d.lsn, d.ordinal, d.id from (select distinct key from applied) k"
+    "  join tailrace.held d on d.handler = :handler and d.status = 'dead' and d.keys @> array[k.key]"
+    "  union all select key, lsn, ordinal, null from applied),"
+    " placed as (select lsn, ordinal, id,"
+    "  max(id) over (partition by key order by lsn, ordinal) as before from known),"
+    " sums as (select before, count(distinct (lsn, ordinal)) as count, max(array[lsn, ordinal]) as last"
+    "  from placed where id is null and before is not null group by before)"
+    " update tailrace.held d set overtaken_by = d.overtaken_by + sums.count,"
+    " overtaken_lsn = sums.last[1], overtaken_ordinal = sums.last[2] from sums where d.id = sums.before"
+)
+_TOLD = text(
+    "select coalesce(sum(l.overtaken_by), 0)::bigint, max(array[l.overtaken_lsn, l.overtaken_ordinal])"
+    "  filter (where l.overtaken_lsn is not null)"
+    " from tailrace.held d join tailrace.held l on l.handler = d.handler and l.id >= d.id"
+    "  and l.status = 'dead' and (l.id = d.id or l.keys && d.keys) where d.id = :id"
+)
+# What is noted at one that goes is kept for those before it.
+_HAND_DOWN = text(
+    "update tailrace.held e set overtaken_by = e.overtaken_by + d.overtaken_by,"
+    " overtaken_lsn = d.overtaken_lsn, overtaken_ordinal = d.overtaken_ordinal"
+    " from tailrace.held d where d.id = :id and d.overtaken_by > 0 and not d.redriven"
+    " and e.id = (select max(id) from tailrace.held where handler = d.handler and status = 'dead'"
+    "  and keys && d.keys and id < d.id)"
+)
+
+
+class Applied(NamedTuple):
+    """A change that was applied."""
+
+    keys: Sequence[bytes]
+    position: Position
+
+
+async def note(session: AsyncSession, handler: str, changes: Sequence[Applied]) -> None:
+    """Note applied changes at the dead letters that they have overtaken, under the locks of their lanes."""
+    rows = [(key.decode(), *one.position) for one in changes for key in one.keys]
+    if not rows:
+        return
+    keys, lsns, ordinals = (list(column) for column in zip(*rows, strict=True))
+    connection = await session.connection()
+    parameters = {"handler": handler, "keys": keys, "lsns": lsns, "ordinals": ordinals}
+    await connection.execute(_NOTE, parameters)
+
+
+async def told(connection: AsyncConnection, dead_letter: int) -> dict[str, Any]:
+    """Tell how many newer changes of its keys were applied since it died, and where the last one stands."""
+    count, last = (await connection.execute(_TOLD, {"id": dead_letter})).one()
+    return {"count": count, "position": None if last is None else str(Position(*last))}
+
+
+async def hand_down(connection: AsyncConnection, dead_letter: int) -> None:
+    """Keep what is noted at a dead letter that goes."""
+    await connection.execute(_HAND_DOWN, {"id": dead_letter})
