@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from config.settings import Settings
-from worker import delivery, lease, status
+from worker import delivery, lease, status, telemetry
 from worker.catalogue import Catalogue
 from worker.database import explain, is_away
 from worker.lanes import Lane, Lanes, LeaseLostError
@@ -69,6 +69,7 @@ class Listener:
         self._standing_by = False
         self._database_trouble: str | None = None
         self._ticked = time.monotonic()
+        self._rereads = self._connections = 0
 
     # Life
 
@@ -104,6 +105,7 @@ class Listener:
 
     async def _before_again(self, group: ExceptionGroup[RereadError]) -> None:
         error = _first(group)
+        self._rereads += 1
         if str(error) != self._reread_reason:  # what waits is said once
             log.warning("reading again from the slot", reason=str(error))
         self._reread_reason = str(error)
@@ -152,6 +154,8 @@ class Listener:
                 group.create_task(self._tick(token, reading), name="listener: tick")
         finally:
             self._sure = reading.sure_until()
+            self._connections += reading.realtime().connections
+            self._reading = None
 
     async def _give_up(self, token: str) -> None:
         try:
@@ -211,12 +215,38 @@ class Listener:
 
     async def status(self) -> dict[str, Any]:
         """Tell everything that `/status` shows."""
+        state = await self._state()
+        for name, count in (self._reading.filtered() if self._reading else {}).items():
+            state["handlers"][name]["filtered"] += count
+            state["handlers"][name]["read"] += count
+        return state
+
+    async def samples(self) -> list[telemetry.Sample]:
+        """Tell everything that `/metrics` shows."""
+        ready, _ = await self.ready()
+        reading, state = self._reading, None
+        if reading is not None:
+            try:
+                # Counted as in Postgres alone: a counter that goes back looks like one that began anew.
+                state = await self._state()
+            except Exception as error:
+                if not is_away(error):
+                    raise
+        settings = self._ground.settings
+        facts = telemetry.ListenerFacts(
+            ready=ready,
+            leads=reading is not None,
+            rereads=self._rereads,
+            connections=self._connections + (reading.realtime().connections if reading else 0),
+            limits=(settings.max_backlog, settings.max_backlog_bytes),
+        )
+        return telemetry.of_listener(facts, state)
+
+    async def _state(self) -> dict[str, Any]:
+        """Tell the state, with what is filtered only as far as that is noted in Postgres."""
         ready, reasons = await self.ready()
         state = await status.read(self._engine, self._lanes)
         reading = self._reading
-        for name, count in (reading.filtered() if reading else {}).items():
-            state["handlers"][name]["filtered"] += count
-            state["handlers"][name]["read"] += count
         health = reading.realtime() if reading else _NO_REALTIME
         missed, extra = (reading.compared() if reading else None) or (None, None)
         return state | {

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from config.logging import configure_logging
 from config.settings import Settings
-from worker import delivery, loader
+from worker import delivery, loader, telemetry
 from worker.database import explain, is_away, make_engine, wait_until_up
 from worker.draining.workshop import load_handlers
 from worker.errors import ConfigurationError
@@ -32,7 +32,7 @@ from worker.operating import Operations, waker
 from worker.queue import PatientRedis, connection_pool
 from worker.tokens import Tokens
 from worker.wal.slot import judge, read_permission, read_server, read_slot
-from worker.web import Bearer, Desk, desk_routes, health_app, serve
+from worker.web import Bearer, Desk, desk_routes, health_app, metrics_route, serve
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -57,7 +57,8 @@ async def _listen(settings: Settings) -> None:
     arq = PatientRedis(settings.redis_url.get_secret_value(), queue=settings.queue)
     waiting = Waiting()
     try:
-        app = health_app(waiting, desk_routes(_bearer(settings), lambda: waiting.desk))
+        routes = [metrics_route(waiting.samples), *desk_routes(_bearer(settings), lambda: waiting.desk)]
+        app = health_app(waiting, routes)
         async with serve(app, settings.health_host, settings.port) as served:
             log.info("health of the listener", url=served.url)
             await wait_until_up(engine, told=waiting.tell)
@@ -146,6 +147,13 @@ class Waiting:
         if self._listener is None:
             return {"ready": False, "reasons": [self._reason], "delivery": None, "handlers": {}}
         return await self._listener.status()
+
+    async def samples(self) -> list[telemetry.Sample]:
+        """Tell it in numbers."""
+        if self._listener is None:
+            facts = telemetry.ListenerFacts(ready=False, leads=False)
+            return telemetry.of_listener(facts, None)
+        return await self._listener.samples()
 
 
 async def _until_signal(work: Coroutine[None, None, None], seconds: float) -> int:

@@ -35,6 +35,8 @@ class SourceHealth(NamedTuple):
     """Age in seconds of the last canary that came back; None before the first."""
     lag_seconds: float | None
     """Seconds from writing the last canary to its return, or since then while it is out; None at first."""
+    connections: int = 0
+    """That have been opened so far."""
 
 
 class Source(Protocol):

@@ -4,7 +4,6 @@ Reads only. What just one process knows (is the socket up, is it ready) is added
 """
 
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from redis.asyncio import Redis
@@ -13,10 +12,10 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from config.settings import Settings
-from worker import lease
+from worker import lease, telemetry
 from worker.change import Position
 from worker.database import make_engine
-from worker.lanes import Lanes, by_handler
+from worker.lanes import NOTHING, Lanes, by_handler
 from worker.queue import connection_pool
 
 _HANDLERS = text(
@@ -46,6 +45,11 @@ _BACKFILLS = text(
     "select id, handler, schema_name || '.' || table_name, state, keys, asked_at from tailrace.backfills"
     " where state <> 'done' order by id limit 50"
 )
+_COUNTS = text(
+    "select (select count(*) from tailrace.gaps where state = 'open') as gaps_open,"
+    " count(*) filter (where state = 'waiting') as backfills_waiting,"
+    " count(*) filter (where state = 'running') as backfills_running from tailrace.backfills"
+)
 
 
 async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
@@ -68,14 +72,15 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
             {**found, "status": _FIELDS[found["status"]]}
             for found in (await connection.execute(_FAILURES)).mappings()
         ]
+        counts = dict((await connection.execute(_COUNTS)).mappings().one())
         active = await lease.holder(connection)
-    workers = await _from_redis(lanes, row[1], handlers)
+    workers, backlog = await _from_redis(lanes, row[1], handlers)
     return {
         "delivery": row[0],
         "reason": None,
         "ready": False,
         "reasons": [],
-        "version": _version(),
+        "version": telemetry.own_version(),
         "listener": active.name if active else None,
         "handlers": handlers,
         "failures": failures,
@@ -90,14 +95,8 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
         "gaps": gaps,
         "workers": workers,
         "backfills": backfills,
+        "counts": counts | {"backlog": backlog},
     }
-
-
-def _version() -> str:
-    try:
-        return version("tailrace")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "unknown"
 
 
 async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
@@ -112,6 +111,7 @@ async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
             "parked": 0,
             "dead": 0,
             "queued": 0,
+            "queued_bytes": 0,
             "lag_seconds": 0.0,
             "paused": paused,
         }
@@ -122,10 +122,15 @@ async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
     return handlers
 
 
-async def _from_redis(lanes: Lanes, generation: str | None, handlers: dict[str, dict[str, Any]]) -> list[str]:
-    """Add what is queued, and how old the oldest of it is; returns the living workers."""
+async def _from_redis(
+    lanes: Lanes, generation: str | None, handlers: dict[str, dict[str, Any]]
+) -> tuple[list[str], dict[str, int] | None]:
+    """Add what is queued, and how old the oldest of it is.
+
+    Returns the living workers, and the backlog of all handlers; None where Redis is away.
+    """
     if generation is None:
-        return []
+        return [], {"entries": 0, "bytes": 0}
     try:
         tops = await lanes.tops(generation)
         passed = await lanes.passed(generation)
@@ -133,17 +138,19 @@ async def _from_redis(lanes: Lanes, generation: str | None, handlers: dict[str, 
         for name, backlog in by_handler(backlogs).items():
             if name in handlers:
                 handlers[name]["queued"] = backlog.changes
+                handlers[name]["queued_bytes"] = backlog.size
                 handlers[name]["read"] += backlog.changes
         for lane in [lane for lane, backlog in backlogs.items() if backlog.entries]:
             oldest = (await lanes.read(generation, lane, Position(0, 0), 1)).reads
             if oldest and lane.handler in handlers:
                 waited = max(0.0, time.time() - oldest[0].entry.at)
                 handlers[lane.handler]["lag_seconds"] = max(handlers[lane.handler]["lag_seconds"], waited)
-        return await lanes.workers()
+        everything = sum(backlogs.values(), NOTHING)
+        return await lanes.workers(), {"entries": everything.entries, "bytes": everything.size}
     except (RedisError, OSError):
         for handler in handlers.values():
-            handler["queued"] = None
-        return []
+            handler["queued"] = handler["queued_bytes"] = None
+        return [], None
 
 
 async def read_status(settings: Settings) -> dict[str, Any]:

@@ -190,12 +190,17 @@ def test_every_command_is_documented() -> None:
     assert [name for name in cli() if name and f"python -m worker {name}" not in text] == []
 
 
-def test_the_command_that_prints_the_settings_prints_the_table_of_the_readme() -> None:
-    (line,) = [words for _, words in words_of_commands() if words[0] == ".venv/bin/python"]
+@pytest.mark.parametrize(
+    ("table", "page"), [("settings_table", "README.md"), ("metrics_table", "docs/operations.md")]
+)
+def test_the_command_that_prints_a_table_prints_that_of_the_page(table: str, page: str) -> None:
+    (line,) = [
+        words for _, words in words_of_commands() if words[0] == ".venv/bin/python" and table in words[-1]
+    ]
     done = subprocess.run(
         [sys.executable, *line[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stdout.strip() in (ROOT / "README.md").read_text()
+    assert done.stdout.strip() in (ROOT / page).read_text()
 
 
 def logged() -> set[str]:

@@ -17,7 +17,7 @@ from worker.draining.items import Decoder, Item, KeyItem
 from worker.draining.notes import verdict
 from worker.draining.passes import Turn
 from worker.held import Blocked, HeldRow, Kept
-from worker.lanes import Lane, Read
+from worker.lanes import Read
 from worker.overtaking import Applied
 from worker.registry import Handler
 from worker.retries import Allowance, Failure, classify
@@ -194,7 +194,7 @@ class Applying:
 
     async def _hold(self, turn: Turn, kept: Kept, failure: Failure | None, *, at_once: bool = False) -> None:
         if failure is not None:
-            self.tell(turn.lane, failure)
+            self.tell(turn, failure)
         await held.hold(turn.session, self.handler.name, kept, failure, at_once=at_once)
         if failure is None or failure.holds_back:
             turn.holds(kept.lanes, 1)
@@ -262,13 +262,14 @@ class Applying:
             await isolation.apply(items[start : start + size])
         return isolation.outcome
 
-    def tell(self, lane: Lane, failure: Failure) -> None:
-        """Log a failure; neither values nor the error's text, which may have some."""
+    def tell(self, turn: Turn, failure: Failure) -> None:
+        """Count a failure and log it; neither values nor the error's text, which may have some."""
+        turn.progress.failures[failure.error_class] += 1
         delay = None if failure.delay is None else round(failure.delay, 1)
         log.warning(
             "handler failed",
-            handler=lane.handler,
-            lane=lane.number,
+            handler=turn.lane.handler,
+            lane=turn.lane.number,
             error_class=failure.error_class,
             retry_in_seconds=delay,
         )
@@ -307,7 +308,7 @@ class Applying:
                 await turn.notes.begin_held(row.id)
             failure = await self._call_again(turn, row)
         if failure is not None:
-            self.tell(turn.lane, failure)
+            self.tell(turn, failure)
             await held.failed_again(session, row, failure)
         else:
             await held.let_go(session, row)
@@ -319,6 +320,8 @@ class Applying:
         return spoiler is not None
 
     async def _call_again(self, turn: Turn, row: HeldRow) -> Failure | None:
+        turn.progress.retries += 1
+
         async def call(_: Sequence[HeldRow]) -> None:
             if row.kept.source == "key":
                 key = row.kept.keys[0]

@@ -143,7 +143,7 @@ class Parking:
         await self._promote(turn, rows)
 
     async def _failed(self, turn: Turn, row: HeldRow, failure: Failure) -> None:
-        self._applying.tell(turn.lane, failure)
+        self._applying.tell(turn, failure)
         await held.failed_again(turn.session, row, failure)
         turn.progress.parked -= 1
         if not failure.holds_back:

@@ -67,6 +67,10 @@ class Progress:
     """Of calls, where the lane is under suspicion."""
     latest_at: float = 0.0
     """When the listener had the newest change applied, in seconds since 1970."""
+    retries: int = 0
+    """Calls for held changes."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Of the handler, by the class of the error."""
 
 
 @dataclass(frozen=True)

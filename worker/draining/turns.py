@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import asyncpg
@@ -23,6 +24,7 @@ from worker.database import explain
 from worker.draining.drain import Drain
 from worker.draining.passes import Pass, Progress
 from worker.lanes import CLAIM_SECONDS, Claim, Lane, Lanes
+from worker.telemetry import Meters
 
 log = structlog.get_logger(__name__)
 
@@ -75,6 +77,12 @@ class Draining:
         self.swept_at = 0.0
         self.applied = 0
         self.lag_seconds: float | None = None
+        self.meters = Meters(drains)
+
+    def lanes_now(self) -> dict[str, int]:
+        """Count the lanes that are being drained, by handler."""
+        now = Counter(lane.handler for lane in self._bells)
+        return {name: now[name] for name in self._drains}
 
     # The job
 
@@ -133,7 +141,9 @@ class Draining:
         while not self.stopping.is_set():
             bell.clear()
             async with self._slots:
+                began = time.monotonic()
                 progress = await drain.run(lane)
+            self._measure(lane, progress, time.monotonic() - began)
             await self._follow(lane, progress)
             if progress.ended is Pass.UNKNOWN:
                 return False
@@ -161,6 +171,15 @@ class Draining:
             return True
         self._bells[lane] = bell
         return False
+
+    def _measure(self, lane: Lane, progress: Progress, seconds: float) -> None:
+        """Count what a pass did; one that found nothing to do would hide those that did."""
+        if progress.last is not None or progress.applied or progress.parked:
+            changes = max(progress.read, progress.applied)
+            lag = max(0.0, time.time() - progress.latest_at) if progress.latest_at else None
+            self.meters.passed(lane.handler, changes, seconds, lag)
+        if progress.applied or progress.retries or progress.failures:
+            self.meters.outcome(lane.handler, progress.applied, progress.retries, progress.failures)
 
     async def _follow(self, lane: Lane, progress: Progress) -> None:
         if progress.ended is Pass.AWAY:

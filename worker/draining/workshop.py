@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from supabase import AsyncClient
 
 from config.settings import Settings
-from worker import loader
+from worker import loader, telemetry
 from worker.catalogue import Catalogue, read_catalogue
 from worker.change import Context
 from worker.database import make_engine, wait_until_up
@@ -37,7 +37,7 @@ from worker.retries import Backoff, Policy
 from worker.schema_watch import SchemaWatch
 from worker.supabase import SupabaseClients
 from worker.wal.publication import recorded_keys
-from worker.web import health_app, serve
+from worker.web import health_app, metrics_route, serve
 
 log = structlog.get_logger(__name__)
 
@@ -138,7 +138,7 @@ class Workshop:
         return tasks
 
     async def _serve_health(self, port: int) -> None:
-        app = health_app(self)
+        app = health_app(self, [metrics_route(self.samples)])
         async with serve(app, self._settings.health_host, port, setting="WORKER_HEALTH_PORT") as served:
             log.info("health of the worker", url=served.url)
             await asyncio.Event().wait()
@@ -159,6 +159,12 @@ class Workshop:
     def notes(self) -> list[str]:
         """Tell what else there is to know: nothing."""
         return []
+
+    async def samples(self) -> list[telemetry.Sample]:
+        """Tell everything that `/metrics` shows."""
+        ready, _ = await self.ready()
+        draining = self.draining
+        return telemetry.of_worker(ready=ready, meters=draining.meters, lanes=draining.lanes_now())
 
     async def status(self) -> dict[str, Any]:
         """Tell what this worker has done."""

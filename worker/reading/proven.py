@@ -65,7 +65,7 @@ class ProvenReading:
         self._published: Fingerprint | None = None
         self._server: Server
         self._slot: SlotState | None = None
-        self._read_to = self._reached = 0
+        self._read_to = self._reached = self._flushed = 0
         self._advanced = (0, 0.0)
         self._busy = False
         self._endangered = ""
@@ -101,6 +101,7 @@ class ProvenReading:
             published = await read_fingerprint(connection, settings.publication)
             self._published = with_earlier_keys(remembered.published, published)
         self._server = server
+        self._flushed = server.flushed
         await self._begin_generation(start, server, judgement, remembered)
         # A commit to begin with: a backfill needs one to stand behind. Before there is a reader to be closed.
         await self._doorbell.write_canary()
@@ -252,6 +253,7 @@ class ProvenReading:
         await self._intake.look_after()
         async with ground.engine.connect() as connection:
             server = await read_server(connection)
+            self._flushed = server.flushed
             self._slot = await read_slot(connection, settings.slot)
             published = with_earlier_keys(
                 self._published, await read_fingerprint(connection, settings.publication)
@@ -368,4 +370,5 @@ class ProvenReading:
             "safe_bytes": self._slot.safe_wal_size,
             "keep_size": self._slot.keep_size,
             "lag_seconds": self._doorbell.log_lag(),
+            "lag_bytes": max(0, self._flushed - self._read_to),
         }

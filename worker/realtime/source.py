@@ -174,6 +174,7 @@ class RealtimeSource:
             subscribed=ledger.is_connected and ledger.subscriptions.complete,
             canary_seconds=None if last is None else time.monotonic() - last.clock,
             lag_seconds=self._lag(),
+            connections=ledger.counts.connections,
         )
 
     def _reasons(self) -> list[str]:
