@@ -4,25 +4,25 @@ It decides how connections are made and what is worth waiting for. It holds no S
 """
 
 import asyncio
+import errno
 import random
+import socket
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
 
 import asyncpg
 import structlog
-from sqlalchemy import text
-from sqlalchemy.engine import make_url
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from migrations import HEAD
+from worker.connecting import connection_of
 
 log = structlog.get_logger(__name__)
-
-TRANSACTION_POOLER_PORT = 6543
-"""Supavisor's and Supabase's dedicated pooler in transaction mode: named statements cannot live there."""
 
 _LOST_SQLSTATES = ("08", "57P", "53300", "58030", "25006", "25P03", "25P04")
 
@@ -34,16 +34,13 @@ def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
         url: `postgresql://…` or `postgres://…`, direct or through a pooler.
         name: what `pg_stat_activity` shows as application name.
         size: connections at most.
+
+    Raises:
+        ConfigurationError: a parameter of the URL makes no sense, or a file it names cannot be read.
     """
-    parsed = make_url(url).set(drivername="postgresql+asyncpg")
-    query = dict(parsed.query)
-    connect: dict[str, Any] = {"timeout": 10, "server_settings": {"application_name": name}}
-    if "sslmode" in query:
-        connect["ssl"] = str(query.pop("sslmode"))
-    if parsed.port == TRANSACTION_POOLER_PORT:
-        connect |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
-    return create_async_engine(
-        parsed.set(query=query),
+    address, connect = connection_of(url, name)
+    engine = create_async_engine(
+        address,
         connect_args=connect,
         pool_size=size,
         max_overflow=0,
@@ -51,6 +48,20 @@ def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
         pool_use_lifo=True,
         hide_parameters=True,  # row values must not reach a log by way of an error message
     )
+    event.listen(engine.sync_engine, "connect", _keep_alive)
+    return engine
+
+
+def _keep_alive(connection: Any, _record: object) -> None:  # noqa: ANN401 - SQLAlchemy's face of asyncpg
+    """Have the kernel ask an idle peer: a firewall that forgets a connection tells nobody."""
+    transport = connection.driver_connection._transport  # noqa: SLF001 - asyncpg gives it out nowhere
+    opened = transport.get_extra_info("socket")
+    if opened is None or opened.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def forget_statements(engine: AsyncEngine) -> None:
@@ -114,9 +125,62 @@ def explain(error: BaseException) -> str:
             return "tailrace's tables are missing: run `python -m worker migrate`"
         if state == "3F000":
             return "schema tailrace is missing: run `python -m worker migrate`"
+        if (known := _known_trouble(one)) is not None:
+            return known
     innermost = _chain(error)[-1]
     words = next(iter(str(innermost).splitlines()), "")
     return f"Postgres cannot be reached ({type(innermost).__name__}: {words})"
+
+
+_UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+# What people meet with Supabase's addresses and poolers, and what helps.
+_TROUBLES: tuple[tuple[Callable[[BaseException, str], bool], str], ...] = (
+    (
+        lambda error, _: isinstance(error, PoolTimeoutError),
+        "all connections of this process are in use, and none became free in time",
+    ),
+    (
+        lambda error, words: getattr(error, "sqlstate", None) == "53300" or "max clients" in words,
+        (
+            "Postgres or its pooler gives no more connections: run fewer processes, lower WORKER_LANES,"
+            " or raise the pool size of the project"
+        ),
+    ),
+    (
+        lambda _, words: "tenant" in words and "not found" in words,
+        (
+            "the pooler knows no such project: it may be paused, the host may be of another region,"
+            " or the user of DATABASE_URL is not postgres.<project>"
+        ),
+    ),
+    (
+        lambda error, _: isinstance(error, ssl.SSLCertVerificationError),
+        "the certificate of Postgres is not by sslrootcert of DATABASE_URL, or is for another host",
+    ),
+    (
+        lambda error, words: isinstance(error, ConnectionError) and "rejected ssl" in words,
+        "Postgres offers no TLS, and sslmode of DATABASE_URL demands it",
+    ),
+    (
+        lambda error, _: isinstance(error, socket.gaierror),
+        (
+            "the host of DATABASE_URL is not known here: the project may be paused, or have an IPv6 address"
+            " only, for which the session pooler's address helps"
+        ),
+    ),
+    (
+        lambda error, _: isinstance(error, OSError) and error.errno in _UNREACHABLE,
+        (
+            "the host of DATABASE_URL cannot be reached from this machine's network: a direct address of"
+            " Supabase is IPv6 only, so take the session pooler's"
+        ),
+    ),
+)
+
+
+def _known_trouble(error: BaseException) -> str | None:
+    words = str(error).lower()
+    return next((told for met, told in _TROUBLES if met(error, words)), None)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -11,7 +11,7 @@ from tests.e2e.shop import DIFFERENCES
 from tests.e2e.writing import Writer, logged
 from tests.integration.wal.pooler import pooled
 from tests.stack import Project, Servers, project
-from worker.database import TRANSACTION_POOLER_PORT
+from worker.connecting import TRANSACTION_POOLER_PORT
 
 SLOT = "behind_a_pooler"
 

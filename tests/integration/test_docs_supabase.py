@@ -64,6 +64,16 @@ async def test_tokens(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch)
     assert refused.status_code == 401
 
 
+async def test_the_connection(
+    module: types.ModuleType, shared: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = run(example("The connection"), module)["answers"]
+    monkeypatch.setenv("DATABASE_URL", shared.postgres.dsn())
+    assert await answers() == "yes"
+    monkeypatch.setenv("DATABASE_URL", shared.postgres.dsn("nothing"))
+    assert await answers() == "the database named in DATABASE_URL does not exist"
+
+
 async def test_rows_behind_changes(module: types.ModuleType, shared: Servers) -> None:
     (handler,) = run(example("Rows behind changes"), module)["on"].handlers()
     tables = """

@@ -341,7 +341,7 @@ async def test_windows_work_through_a_pooler_in_transaction_mode(
                 )
 
     async with pooled(log.url) as url:
-        monkeypatch.setattr("worker.database.TRANSACTION_POOLER_PORT", make_url(url).port)
+        monkeypatch.setattr("worker.connecting.TRANSACTION_POOLER_PORT", make_url(url).port)
         assert (await choose_transport(url)).kind == "windows"
         engine, log.engine = log.engine, make_engine(url, name="test", size=8)
         try:
