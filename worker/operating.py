@@ -18,6 +18,8 @@ from worker.lanes import Lane, Lanes
 from worker.redriving import Edit
 from worker.registry import Handler
 
+AT_ONCE = 200
+"""Dead letters read at a time where many are decided about: their payloads must not fill memory."""
 WAKE_SECONDS = 2.0
 """By then the workers have found the lanes by themselves."""
 
@@ -107,19 +109,25 @@ class Operations:
         Raises:
             Unknown: an id is none; nothing was done.
         """
-        found = await self.find(which)
-        if missing := sorted(set(which.ids or ()) - {one["id"] for one in found}):
-            raise dead_letters.unknown(missing)
-        if dry_run:
-            return found
+        if which.ids is not None:
+            found = {one["id"] for one in await self.find(which)}
+            if missing := sorted(set(which.ids) - found):
+                raise dead_letters.unknown(missing)
         told: list[dict[str, Any]] = []
-        for one in found:
-            try:
-                do = self.redrive if action == "redrive" else self.discard
-                told.append(await do(operator, one["id"]))
-            except Refused as error:
-                told.append(one | {"refused": str(error)})
+        after: int | None = None
+        while page := await self.find(which, after=after, most=AT_ONCE):
+            after = page[-1]["id"]
+            told += page if dry_run else [await self._decided(operator, action, one) for one in page]
         return told
+
+    async def _decided(
+        self, operator: Operator, action: Literal["redrive", "discard"], one: dict[str, Any]
+    ) -> dict[str, Any]:
+        do = self.redrive if action == "redrive" else self.discard
+        try:
+            return await do(operator, one["id"])
+        except Refused as error:
+            return one | {"refused": str(error)}
 
     async def lanes(self, handler: str | None = None) -> list[dict[str, Any]]:
         """Tell of each handler what is paused, and what waits.

@@ -173,8 +173,8 @@ async def resume_key(engine: AsyncEngine, operator: Operator, handler: str, key:
         await connection.execute(_DELETE, {"id": mark.id})
         await deciding.count_holding(connection, handler, (lane,), -1)
         wake = {lane}
-        if mark.changes:
-            # Changes of a derive handler's key for which it stood.
+        if (await _handler(connection, handler)).kind == "derive":
+            # It stood for what came meanwhile: also for a backfill, which counts no changes.
             if (await held.held_keys(session, handler, [key])).keys:
                 await held.absorb(session, handler, key, mark.changes)
             else:

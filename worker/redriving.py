@@ -27,8 +27,12 @@ _STATE = text("select state from tailrace.handlers where name = :handler")
 _TAKE_HANDLER = text("select name from tailrace.handlers where name = :handler for no key update nowait")
 _TAKE = text("select id from tailrace.held where id = :id and status = 'dead' for update")
 _REDRIVE = text(
-    "update tailrace.held set status = 'retrying', halts = false, attempts = 0, redriven = true,"
-    " told_at = null, lanes = :lanes, payload = :payload, next_attempt_at = clock_timestamp() where id = :id"
+    "update tailrace.held d set status = 'retrying', halts = false, attempts = 0, redriven = true,"
+    " told_at = null, lanes = :lanes, payload = :payload,"
+    # Behind another one it is made due when that has gone, as every held change is.
+    " next_attempt_at = case when not exists (select from tailrace.held e where e.handler = d.handler"
+    "  and e.waits and e.id < d.id and (e.keys && d.keys or e.keys = '{}' or d.keys = '{}'))"
+    "  then clock_timestamp() end where id = :id"
 )
 _DELETE = text("delete from tailrace.held where id = :id")
 _UNREAD = text("update tailrace.lanes set read = read - :changes where handler = :handler and lane = :lane")

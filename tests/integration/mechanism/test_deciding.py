@@ -121,6 +121,8 @@ async def test_redriven_changes_are_applied_in_their_order_and_once(
     assert [one["id"] for one in told] == [first, second, third]
     assert {(one["status"], one["attempts"]) for one in told} == {("retrying", 0)}
     assert set(desk.woken) == {at.lane_of("goes-on", item(1, 7))}
+    # The others are due when it is their turn: nobody looks at them in vain until then.
+    assert await at.count("tailrace.held where next_attempt_at is not null") == 1
     await passes(at, drain)
     assert await at.log("note") == ["fine 1", "fine 2", "poison 1", "poison 2", "poison 3"]
     assert shop.sources[-3:] == ["redrive"] * 3
@@ -467,6 +469,20 @@ async def test_a_paused_derive_key_stands_for_what_came_meanwhile(
     await passes(at, drain)
     assert shop.groups == [8, 7]
     assert (await at.counters())[:2] == (3 + also_held, 0)
+    assert await at.rows("held") == []
+
+
+async def test_a_paused_derive_key_is_computed_for_a_backfill_too(at: Bench, shop: Shop, desk: Desk) -> None:
+    await at.load(shop.on)
+    drain = at.drain("sums")
+    await desk.pause("sums", "7")
+    sums = next(one for one in at.handlers if one.name == "sums")
+    await at.journal.put_keys(sums, [b'["7"]', b'["8"]'])
+    await passes(at, drain)
+    assert shop.groups == [8]
+    await desk.resume("sums", "7")
+    await passes(at, drain)
+    assert shop.groups == [8, 7]
     assert await at.rows("held") == []
 
 
