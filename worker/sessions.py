@@ -8,13 +8,13 @@ never changed: there is nothing to switch off afterwards, and nothing that could
 Not a sandbox: COMMIT sent as SQL text, or through the driver's connection, is out of reach.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from worker.declarations import Handler
@@ -103,6 +103,31 @@ _STOP_ACTING = text(
 )
 
 
+def _parameters(role: str, claims: Mapping[str, Any]) -> dict[str, str]:
+    told = {"role": role} | dict(claims)
+    return {"role": role, "claims": msgspec.json.encode(told).decode(), "sub": str(told.get("sub", ""))}
+
+
+@asynccontextmanager
+async def session_as(
+    engine: AsyncEngine, role: str, claims: Mapping[str, Any]
+) -> AsyncIterator[AsyncSession]:
+    """Give a session in which a user's rights hold, for code outside handlers; committed at the end.
+
+    One transaction, for role and claims are local to it: nothing is left to whoever has the connection next,
+    also through a transaction pooler. So the session's own commit and rollback are refused: what came after
+    them would run with the rights of the engine. Raise, to have everything rolled back.
+
+    Args:
+        engine: of a database user that may `set role`.
+        role: such as `authenticated`.
+        claims: of the user's token, which must have been verified.
+    """
+    async with AsyncSession(engine, expire_on_commit=False) as session, session.begin():
+        await session.execute(_ACT, _parameters(role, claims))
+        yield handler_session(session)
+
+
 @asynccontextmanager
 async def acting_as(session: AsyncSession, handler: Handler) -> AsyncIterator[None]:
     """Run what is inside as the handler's role, with its claims, under the table's policies.
@@ -113,14 +138,8 @@ async def acting_as(session: AsyncSession, handler: Handler) -> AsyncIterator[No
     if handler.role is None:
         yield
         return
-    claims = {"role": handler.role} | dict(handler.claims or {})
     connection = await session.connection()
-    parameters = {
-        "role": handler.role,
-        "claims": msgspec.json.encode(claims).decode(),
-        "sub": str(claims.get("sub", "")),
-    }
-    await connection.execute(_ACT, parameters)
+    await connection.execute(_ACT, _parameters(handler.role, handler.claims or {}))
     yield
     # What the handler left in the unit of work is its writing, under its role.
     await session.flush()

@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import jwt
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -23,7 +25,10 @@ from worker import Change, Context
 from worker.change import Position, Record
 from worker.database import make_engine
 from worker.draining.calls import Caller
+from worker.errors import SessionMisuse
+from worker.sessions import session_as
 from worker.supabase import SupabaseClients
+from worker.tokens import Identity
 from worker.web import serve
 
 PAGE = (ROOT / "docs/supabase.md").read_text()
@@ -62,6 +67,48 @@ async def test_tokens(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch)
         refused = await client.get("/me", headers={"Authorization": f"Bearer {good}x"})
     assert answer.json() == {"id": "u1", "role": "authenticated"}
     assert refused.status_code == 401
+
+
+PROFILES = """
+create table profiles (id uuid primary key, name text);
+insert into profiles values ('8d1e7b9c-3a52-4c6f-9f10-7f8f6f2f4f11', 'a'),
+    ('8d1e7b9c-3a52-4c6f-9f10-7f8f6f2f4f12', 'b');
+create or replace function auth.uid() returns uuid language sql stable as
+    $$ select nullif(current_setting('request.jwt.claim.sub', true), '')::uuid $$;
+grant usage on schema auth to authenticated;
+grant select, update on profiles to authenticated;
+alter table profiles enable row level security;
+create policy own on profiles to authenticated using (id = auth.uid()) with check (name <> 'forbidden');
+"""
+
+
+async def test_row_level_security(module: types.ModuleType, shared: Servers) -> None:
+    rename = run(example("Row-level security outside handlers"), module)["rename"]
+    user = "8d1e7b9c-3a52-4c6f-9f10-7f8f6f2f4f11"
+    identity = Identity(user, "authenticated", None, {"sub": user, "role": "authenticated"})
+    async with project(shared, PROFILES, "handlers") as made:
+        engine = make_engine(made.database_url, name="test", size=1)
+        assert await rename(engine, identity, "c") == 1
+        with pytest.raises(DBAPIError, match="row-level security"):
+            await rename(engine, identity, "forbidden")
+        names = "select string_agg(name, ',' order by id) from profiles"
+        assert await made.db.fetchval(names) == "c,b"
+        async with session_as(engine, "anon", {}) as session:
+            assert await session.scalar(text("select count(*) from profiles")) == 0
+
+        async def commits() -> None:
+            async with session_as(engine, identity.role, identity.claims) as session:
+                await session.execute(text("update profiles set name = 'd'"))
+                await session.commit()
+
+        with pytest.raises(SessionMisuse):
+            await commits()
+        assert await made.db.fetchval(names) == "c,b"
+        async with engine.connect() as connection:  # the same connection: nothing of it is left
+            left = "select current_user, current_setting('request.jwt.claims', true)"
+            assert (await connection.execute(text(left))).one()[1] in (None, "")
+            assert await connection.scalar(text("select count(*) from profiles")) == 2
+        await engine.dispose()
 
 
 async def test_the_connection(
