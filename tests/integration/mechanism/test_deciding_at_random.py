@@ -65,9 +65,8 @@ class World:
             if step == self._write or self.random.random() < 0.7:
                 await step(drains)
                 continue
-            with self.at.killed_at(self.random.randrange(1, 25)):
-                with contextlib.suppress(DBAPIError):
-                    await step(drains)
+            with self.at.killed_at(self.random.randrange(1, 25)), contextlib.suppress(DBAPIError):
+                await step(drains)
         await self._mend(drains)
 
     async def _write(self, _: list[Drain]) -> None:
