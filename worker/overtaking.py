@@ -16,8 +16,9 @@ from worker.change import Position
 _NOTE = text(
     "with applied as (select * from unnest(cast(:keys as text[]), cast(:lsns as bigint[]),"
     "  cast(:ordinals as bigint[])) g (key, lsn, ordinal)),"
-    " known as (select k.key, d.lsn, d.ordinal, d.id from (select distinct key from applied) k"
-    "  join tailrace.held d on d.handler = :handler and d.status = 'dead' and d.keys @> array[k.key]"
+    " known as (select k.key, d.lsn, d.ordinal, d.id from tailrace.held d, unnest(d.keys) k (key)"
+    "  where d.handler = :handler and d.status = 'dead' and d.keys && cast(:once as text[])"
+    "  and k.key in (select key from applied)"
     "  union all select key, lsn, ordinal, null from applied),"
     " placed as (select lsn, ordinal, id,"
     "  max(id) over (partition by key order by lsn, ordinal) as before from known),"
@@ -57,7 +58,7 @@ async def note(session: AsyncSession, handler: str, changes: Sequence[Applied]) 
     keys, lsns, ordinals = (list(column) for column in zip(*rows, strict=True))
     connection = await session.connection()
     parameters = {"handler": handler, "keys": keys, "lsns": lsns, "ordinals": ordinals}
-    await connection.execute(_NOTE, parameters)
+    await connection.execute(_NOTE, parameters | {"once": list(dict.fromkeys(keys))})
 
 
 async def told(connection: AsyncConnection, dead_letter: int) -> dict[str, Any]:
