@@ -22,6 +22,12 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = made.add_subparsers(dest="name", required=True, metavar="NAME")
     first = names.add_parser("latency", help=latency.TITLE, description=latency.TITLE)
+    first.add_argument(
+        "--source",
+        choices=["plain", "stream", "windows"],
+        default="stream",
+        help="plain delivery, or the log by one of its transports (%(default)s)",
+    )
     first.add_argument("--rate", type=_positive, default=100.0, help="changes a second (%(default)s)")
     first.add_argument("--seconds", type=_positive, default=20.0, help="length of a round (%(default)s)")
     first.add_argument(
@@ -82,6 +88,7 @@ async def _run(options: argparse.Namespace, report: Report) -> None:
     if options.name == "latency":
         await latency.measure(
             report,
+            source=options.source,
             rate=options.rate,
             seconds=options.seconds,
             rounds=options.rounds,
