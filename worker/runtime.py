@@ -32,7 +32,7 @@ from worker.operating import Operations, waker
 from worker.queue import PatientRedis, connection_pool
 from worker.tokens import Tokens
 from worker.wal.slot import judge, read_permission, read_server, read_slot
-from worker.web import Bearer, Desk, desk_routes, health_app, metrics_route, serve
+from worker.web import Bearer, Desk, desk_routes, health_app, metrics_route, page_routes, serve
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -57,9 +57,11 @@ async def _listen(settings: Settings) -> None:
     arq = PatientRedis(settings.redis_url.get_secret_value(), queue=settings.queue)
     waiting = Waiting()
     try:
-        routes = [metrics_route(waiting.samples), *desk_routes(_bearer(settings), lambda: waiting.desk)]
+        closing = asyncio.Event()
+        desk = desk_routes(_bearer(settings), lambda: waiting.desk)
+        routes = [metrics_route(waiting.samples), *page_routes(waiting.status, closing), *desk]
         app = health_app(waiting, routes)
-        async with serve(app, settings.health_host, settings.port) as served:
+        async with serve(app, settings.health_host, settings.port, closing=closing) as served:
             log.info("health of the listener", url=served.url)
             await wait_until_up(engine, told=waiting.tell)
             choice = await _choose(settings, engine)

@@ -4,6 +4,7 @@ from worker.web.bearer import Bearer
 from worker.web.desk import Desk, desk_routes
 from worker.web.health import StatusProvider, health_app
 from worker.web.metrics import metrics_route
+from worker.web.page import page_routes
 from worker.web.serving import Served, serve
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "desk_routes",
     "health_app",
     "metrics_route",
+    "page_routes",
     "serve",
 ]

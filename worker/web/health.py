@@ -73,12 +73,12 @@ def health_app(
         return _answer({"live": live, "reasons": reasons}, good=live)
 
     async def readyz(_request: Request) -> Response:
-        told = await _in_time(status.ready(), answer_seconds)
+        told = await in_time(status.ready(), answer_seconds)
         ready, reasons = (False, [told]) if isinstance(told, str) else told
         return _answer({"ready": ready, "reasons": reasons, "notes": status.notes()}, good=ready)
 
     async def state(_request: Request) -> Response:
-        told = await _in_time(status.status(), answer_seconds)
+        told = await in_time(status.status(), answer_seconds)
         if isinstance(told, str):
             return _answer({"reasons": [told]}, good=False)
         return _answer(told, good=True)
@@ -89,7 +89,7 @@ def health_app(
     )
 
 
-async def _in_time(answer: Awaitable[_T], seconds: float) -> _T | str:
+async def in_time(answer: Awaitable[_T], seconds: float) -> _T | str:
     """Await an answer; where it fails or takes too long, return the reason in words instead."""
     try:
         async with asyncio.timeout(seconds):

@@ -4,7 +4,6 @@ Asked by several, it asks the process once: an answer is kept for a moment. One 
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from worker.telemetry import METRICS, Histogram, Sample
+from worker.web.kept import Kept
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -36,22 +36,12 @@ def metrics_route(
         answer_seconds: after so long without them the answer is 503.
         fresh_seconds: for so long an answer is kept.
     """
-    kept: Sequence[Sample] = ()
-    until = float("-inf")
-    one_at_a_time = asyncio.Lock()
-
-    async def samples() -> Sequence[Sample]:
-        nonlocal kept, until
-        async with one_at_a_time:
-            if time.monotonic() >= until:
-                kept = await tell()
-                until = time.monotonic() + fresh_seconds
-            return kept
+    kept = Kept(tell, fresh_seconds)
 
     async def metrics(request: Request) -> Response:
         try:
             async with asyncio.timeout(answer_seconds):
-                told = await samples()
+                told = await kept.get()
         except TimeoutError:
             return PlainTextResponse(f"no answer within {answer_seconds:g} s: see the log\n", 503)
         except Exception as error:  # a scrape must be answered whatever is broken

@@ -57,7 +57,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve(app: ASGIApp, host: str, port: int, *, setting: str = "PORT") -> AsyncIterator[Served]:
+async def serve(
+    app: ASGIApp, host: str, port: int, *, setting: str = "PORT", closing: asyncio.Event | None = None
+) -> AsyncIterator[Served]:
     """Serve an application while the context is open.
 
     Should the server end by itself, the body of the context is cancelled and a RuntimeError says so.
@@ -67,6 +69,7 @@ async def serve(app: ASGIApp, host: str, port: int, *, setting: str = "PORT") ->
         host: address to bind, a name or a number.
         port: port to bind; 0 takes any free one, and `Served` tells which.
         setting: name of the setting that chose the port, for the error.
+        closing: is set before the server waits for its answers to end.
 
     Raises:
         ConfigurationError: the address cannot be bound.
@@ -90,6 +93,8 @@ async def serve(app: ASGIApp, host: str, port: int, *, setting: str = "PORT") ->
         with _cancelled_by(running):
             yield Served(host, bound.getsockname()[1])
     finally:
+        if closing is not None:
+            closing.set()
         server.should_exit = True
         # gather, not await: a server that was cancelled must not look as if we were.
         await asyncio.gather(running, return_exceptions=True)
