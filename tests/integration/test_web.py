@@ -169,3 +169,5 @@ async def test_a_server_that_ends_by_itself_ends_the_body_too() -> None:
 
     with pytest.raises(RuntimeError, match="HTTP server ended by itself"):
         await body()
+    async with asked(Told()) as client:  # mostly on a socket of the same number
+        assert (await client.get("/livez")).status_code == 200

@@ -98,6 +98,10 @@ async def serve(
         server.should_exit = True
         # gather, not await: a server that was cancelled must not look as if we were.
         await asyncio.gather(running, return_exceptions=True)
+        # One that did not end in good order would leave its socket's number behind with the loop, which would
+        # then be deaf to the next socket of that number.
+        for listening in getattr(server, "servers", ()):
+            listening.close()
         bound.close()
 
 
