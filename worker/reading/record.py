@@ -29,8 +29,8 @@ _TARGET = limited(
     "update tailrace.source set slot_target = greatest(slot_target, :target)"
     " where lease_token = :token returning"
 )
-_PUBLISHED = text(
-    "update tailrace.source set published = cast(:published as jsonb) where lease_token = :token"
+_PUBLISHED = limited(
+    "update tailrace.source set published = cast(:published as jsonb) where lease_token = :token returning"
 )
 _FORWARD = text(
     "update tailrace.lanes set lsn = case when :anew or lsn < :lsn then :lsn else lsn end,"
