@@ -41,7 +41,8 @@ async def recounted(shop: Project) -> dict[str, Any]:
 
 async def some_entry(shop: Project, redis: Redis) -> tuple[str, list[Any]]:
     """Find a lane of the change handler with several entries: its stream, and what it holds."""
-    for key in sorted([key async for key in redis.scan_iter("*:lane:log:*")]):
+    ours = f"{shop.environment['WORKER_QUEUE']}:*:lane:log:*"
+    for key in sorted([key async for key in redis.scan_iter(ours)]):
         entries = await redis.xrange(key)
         if len(entries) > 5:
             return key.decode(), entries
