@@ -64,21 +64,12 @@ class SourceRow(NamedTuple):
     """True where that handler has dead letters."""
 
 
-# A dead or frozen process must not keep the row: Postgres ends its transaction by itself (kernel answers
-# keep-alives of a stopped process, and a killed one is noticed only when the statement it runs has ended).
-_LIMITS = (
-    "set_config('idle_in_transaction_session_timeout', :idle, true),"
-    " set_config('client_connection_check_interval', '1000', true)"
-)
 _ROW = "lane, lsn, ordinal, arrived_lsn, arrived_ordinal, holding, parked"
 _FROM = "from tailrace.lanes where handler = :handler and lane ="
 _READ = f"select {_ROW} {_FROM}"
-# Limits and lock in one round trip; the limits concern what comes after the lock, which itself never waits.
-_LOCK = text(f"select {_ROW}, {_LIMITS} {_FROM} :lane for update nowait")
-_LOCK_ALL = text(
-    f"select {_ROW}, {_LIMITS}, set_config('transaction_timeout', :total, true)"
-    f" {_FROM} :lane for update nowait"
-)
+# A dead or frozen process must not keep the row: Postgres ends its transaction by itself (kernel answers
+# keep-alives of a stopped process, and a killed one is noticed only when the statement it runs has ended).
+_TAKE = text("select * from tailrace.take_lane(:handler, :lane, cast(:idle as text), cast(:total as text))")
 _LOCK_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update skip locked")
 _WAIT_FOR_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update")
 _LOOK = text(f"{_READ} any (cast(:lanes as integer[]))")
@@ -124,8 +115,8 @@ _ARRIVE = text(
 )
 
 
-async def lock(session: AsyncSession, lane: Lane, limits: Limits) -> LaneRow | None:
-    """Begin a drain's transaction: set its limits, take the lane's row.
+async def take(session: AsyncSession, lane: Lane, limits: Limits) -> tuple[LaneRow, SourceRow] | None:
+    """Begin a drain's transaction: set its limits, take the lane's row, read the source's after that.
 
     Returns None where the lane is unknown. Nothing may be read before this and used after it: the
     transaction is READ COMMITTED, so what is read after the lock is what the last holder left.
@@ -134,11 +125,10 @@ async def lock(session: AsyncSession, lane: Lane, limits: Limits) -> LaneRow | N
         sqlalchemy.exc.DBAPIError: with SQLSTATE 55P03 where somebody else holds the row.
     """
     connection = await session.connection()
-    parameters = {"handler": lane.handler, "lane": lane.number, "idle": str(limits.idle_ms)}
-    if limits.total_ms:
-        parameters["total"] = str(limits.total_ms)
-    found = (await connection.execute(_LOCK_ALL if limits.total_ms else _LOCK, parameters)).one_or_none()
-    return None if found is None else _row(found)
+    total = str(limits.total_ms) if limits.total_ms else None
+    parameters = {"handler": lane.handler, "lane": lane.number, "idle": str(limits.idle_ms), "total": total}
+    found = (await connection.execute(_TAKE, parameters)).one_or_none()
+    return None if found is None else (_row(found), _source(found[7:]))
 
 
 async def lock_others(session: AsyncSession, handler: str, lanes: Sequence[int]) -> dict[int, LaneRow]:
@@ -188,7 +178,10 @@ def _row(found: Any) -> LaneRow:  # noqa: ANN401 - a row of text(), which has no
 
 async def read_source(connection: AsyncConnection | AsyncSession, handler: str = "") -> SourceRow:
     """Read the generation in force, and whether a handler is paused."""
-    row = (await connection.execute(_SOURCE, {"handler": handler})).one()
+    return _source((await connection.execute(_SOURCE, {"handler": handler})).one())
+
+
+def _source(row: Sequence[Any]) -> SourceRow:
     return SourceRow(row[0], Position(row[1], row[2]), row[3], row[4], row[5], bool(row[6]), *row[7:9])
 
 
@@ -196,6 +189,33 @@ async def visible(session: AsyncSession, xids: Iterable[int]) -> set[int]:
     """Find which of these transactions (32-bit ids) can be seen: a commit is decoded a little before that."""
     connection = await session.connection()
     return {row[0] for row in await connection.execute(_VISIBLE, {"xids": list(xids)})}
+
+
+class Seen:
+    """Transactions that were visible once, and so are for ever, within one generation.
+
+    For all drains of a process: two handlers of a table come upon the same ones.
+    """
+
+    def __init__(self, most: int = 10_000) -> None:
+        self._most = most
+        self._generation = ""
+        self._xids: dict[int, None] = {}
+
+    async def visible(self, session: AsyncSession, generation: str, xids: set[int]) -> set[int]:
+        """Find which of these transactions can be seen; see `visible`."""
+        if generation != self._generation:
+            # Another server, or another history of it, has other transactions of these numbers.
+            self._generation, self._xids = generation, {}
+        unknown = xids - self._xids.keys()
+        if not unknown:
+            return xids
+        seen = await visible(session, unknown)
+        if generation == self._generation:
+            self._xids.update(dict.fromkeys(seen))
+            while len(self._xids) > self._most:
+                del self._xids[next(iter(self._xids))]
+        return seen | (xids - unknown)
 
 
 async def ask_reread(connection: AsyncConnection, generation: str, cause: str) -> None:

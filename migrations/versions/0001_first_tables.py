@@ -180,6 +180,34 @@ create table tailrace.canary (
 insert into tailrace.canary (token) values ('none');
 """
 
+# How a pass begins, in one round trip. Each statement of a volatile function has a snapshot of its own, so
+# that what is read after the lock is what the last holder left; and the lock never waits.
+TAKE_LANE = """
+create function tailrace.take_lane(the_handler text, the_lane integer, idle text, total text)
+returns table (
+  lane integer, lsn bigint, ordinal bigint, arrived_lsn bigint, arrived_ordinal bigint, holding integer,
+  parked integer, generation text, floor_lsn bigint, floor_ordinal bigint, lanes integer, history text,
+  delivery text, same_server boolean, paused boolean, has_dead boolean
+)
+language plpgsql volatile as $$
+#variable_conflict use_column
+begin
+  perform set_config('idle_in_transaction_session_timeout', idle, true),
+    set_config('client_connection_check_interval', '1000', true),
+    case when total is not null then set_config('transaction_timeout', total, true) end;
+  perform from tailrace.lanes l where l.handler = the_handler and l.lane = the_lane for update nowait;
+  return query
+    select l.lane, l.lsn, l.ordinal, l.arrived_lsn, l.arrived_ordinal, l.holding, l.parked,
+      s.generation, s.floor_lsn, s.floor_ordinal, s.lanes, s.history, s.delivery,
+      s.delivery = 'plain' or (s.server_started = pg_postmaster_start_time()
+        and s.timeline = (select timeline_id from pg_control_checkpoint())),
+      coalesce((select h.paused from tailrace.handlers h where h.name = the_handler), false),
+      exists (select from tailrace.held d where d.handler = the_handler and d.status = 'dead')
+    from tailrace.lanes l, tailrace.source s where l.handler = the_handler and l.lane = the_lane;
+end
+$$
+"""
+
 GRANTS = """
 do $$
 begin
@@ -197,11 +225,13 @@ def upgrade() -> None:
     for statement in TABLES.split(";\n"):
         if statement.strip():
             op.execute(statement)
+    op.execute(TAKE_LANE)
     op.execute(GRANTS)
 
 
 def downgrade() -> None:
     """Drop the tables, and with them all knowledge of what was applied."""
+    op.execute("drop function tailrace.take_lane")
     op.execute(
         "drop table tailrace.canary, tailrace.backfills, tailrace.gaps, tailrace.audit, tailrace.held,"
         " tailrace.lanes, tailrace.handlers, tailrace.source"

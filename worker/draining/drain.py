@@ -30,7 +30,7 @@ from worker.draining.parking import Parking
 from worker.draining.passes import Pass, Progress, Turn
 from worker.draining.truncates import with_kept_keys
 from worker.lanes import AT_ONCE, Lane, Lanes, Read
-from worker.positions import Limits, Moved
+from worker.positions import Limits, Moved, Seen
 from worker.registry import Handler
 from worker.retries import Failure
 
@@ -62,6 +62,7 @@ class Drain:
         decoder: Decoder,
         limits: Limits,
         batch: int,
+        seen: Seen | None = None,
     ) -> None:
         self.handler: Handler = caller.handler
         self._engine = engine
@@ -71,6 +72,7 @@ class Drain:
         self._limits = limits
         self._batch = batch
         self._most = min(batch, FIRST_BATCH)
+        self._visible = seen or Seen()
         self._careful = 0
         self._gate = Gate()
         self._suspicions: dict[Lane, Suspicion] = {}
@@ -156,10 +158,10 @@ class Drain:
     ) -> tuple[Progress, str | None]:
         progress = Progress()
         async with AsyncSession(self._engine, expire_on_commit=False) as session, session.begin():
-            row = await positions.lock(session, lane, self._limits)
-            if row is None:
+            taken = await positions.take(session, lane, self._limits)
+            if taken is None:
                 return Progress(ended=Pass.UNKNOWN), None
-            source = await positions.read_source(session, lane.handler)
+            row, source = taken
             if source.generation is None:
                 return progress, None
             if not source.same_server:
@@ -245,7 +247,7 @@ class Drain:
         xids = {read.entry.xid for read in reads if read.entry.xid is not None}
         if not xids:
             return reads
-        visible = await positions.visible(turn.session, xids)
+        visible = await self._visible.visible(turn.session, str(turn.source.generation), xids)
         for n, read in enumerate(reads):
             if read.entry.xid is not None and read.entry.xid not in visible:
                 return reads[:n]

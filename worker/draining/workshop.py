@@ -31,6 +31,7 @@ from worker.draining.items import Decoder
 from worker.draining.turns import SWEEP_SECONDS, Draining, Enqueue
 from worker.errors import ConfigurationError
 from worker.lanes import Lanes
+from worker.positions import Seen
 from worker.queue import connection_pool
 from worker.registry import Handler
 from worker.retries import Backoff, Policy
@@ -191,7 +192,7 @@ async def _drains(
         version = int((await connection.execute(text("show server_version_num"))).scalar_one())
     limits = make_limits({handler.name: handler for handler in handlers}, settings.handler_timeout, version)
     lanes = Lanes(redis, settings.queue)
-    drains = {}
+    drains, seen = {}, Seen()
     for handler in handlers:
         backoff = Backoff(
             settings.backoff_seconds if handler.backoff is None else handler.backoff,
@@ -216,6 +217,7 @@ async def _drains(
             decoder=Decoder(handler, watch),
             limits=limits,
             batch=settings.batch,
+            seen=seen,
         )
     return drains
 
