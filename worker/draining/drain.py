@@ -201,10 +201,15 @@ class Drain:
             await take(turn, batch)
             progress.last, progress.read = batch[-1], sum(read.entry.changes for read in batch)
             return [], full or len(batch) < len(reads)
-        if reads and not parks and (joint := await self._joint(turn, reads)) is not None:
-            return await self._together(turn, joint)
+        if reads and (joint := await self._joint(turn, reads, parks=parks)) is not None:
+            return await self._together(turn, joint, take)
         if reads:
-            return await self._meet(turn, reads[0], take), False
+            met = await self._meet(turn, reads[0], take)
+            if progress.ended is Pass.MEETING and turn.row.parked > 0 and not turn.source.paused:
+                # A lane that is to be parked and waits for others goes on with what is parked meanwhile.
+                await self._parking.unpark(turn, self._most)
+                progress.ended = Pass.MORE
+            return met, False
         if found:
             progress.ended = Pass.SOON
         return [], False
@@ -253,8 +258,8 @@ class Drain:
                 return reads[:n]
         return reads
 
-    async def _joint(self, turn: Turn, reads: list[Read]) -> Joint | None:
-        """See whether several lanes can go on in this transaction."""
+    async def _joint(self, turn: Turn, reads: list[Read], *, parks: bool) -> Joint | None:
+        """See whether several lanes can go on, or be parked, in this transaction."""
         # What is under suspicion is taken one by one, and by its own lane's passes.
         if turn.notes is not None or turn.spoilers or len(reads[0].entry.lanes) == 1:
             return None
@@ -264,12 +269,13 @@ class Drain:
         async with self._gate.taking() as alone:
             if not alone:
                 return None
-            return await join(turn, reads, self._lanes, self._most, self._seen, shunned)
+            most = parking.AT_ONCE if parks else self._most
+            return await join(turn, reads, self._lanes, most, self._seen, shunned, parks=parks)
 
-    async def _together(self, turn: Turn, joint: Joint) -> tuple[Sequence[int], bool]:
-        """Apply the next changes of several lanes; returns as `_pass_entries` does."""
+    async def _together(self, turn: Turn, joint: Joint, take: Take) -> tuple[Sequence[int], bool]:
+        """Apply or park the next changes of several lanes; returns as `_pass_entries` does."""
         progress = turn.progress
-        await self._applying.fresh(turn, joint.batch)
+        await take(turn, joint.batch)
         progress.last = joint.lasts.pop(turn.lane.number)
         progress.read = sum(read.entry.changes for read in joint.batch)
         progress.others = joint.lasts
@@ -305,14 +311,16 @@ class Drain:
         if progress.last is not None:
             progress.at = progress.last.position
         holding = {number: rows for number, rows in progress.holding.items() if rows}
-        if progress.last is not None or progress.applied or progress.parked or holding:
-            own = Moved(progress.read, progress.applied, holding.pop(turn.lane.number, 0), progress.parked)
+        parked = progress.parked
+        if progress.last is not None or progress.applied or any(parked.values()) or holding:
+            number = turn.lane.number
+            own = Moved(progress.read, progress.applied, holding.pop(number, 0), parked[number])
             await positions.move(session, turn.lane, progress.at, own)
         for number, read in sorted(progress.others.items()):
-            moved = Moved(holding=holding.pop(number, 0))
+            moved = Moved(holding=holding.pop(number, 0), parked=parked[number])
             await positions.move(session, Lane(handler, number), read.position, moved)
         for number in met:
-            moved = Moved(holding=holding.pop(number, 0))
+            moved = Moved(holding=holding.pop(number, 0), parked=parked[number])
             await positions.move(session, Lane(handler, number), progress.at, moved)
         for number, rows in holding.items():
             await positions.count_held(session, Lane(handler, number), rows)

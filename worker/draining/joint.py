@@ -125,7 +125,14 @@ def has_hole(before: Position, reads: Sequence[Read], floor: Position) -> bool:
 
 
 async def join(
-    turn: Turn, own: list[Read], store: Lanes, most: int, cut: Cut, shunned: Collection[int] = ()
+    turn: Turn,
+    own: list[Read],
+    store: Lanes,
+    most: int,
+    cut: Cut,
+    shunned: Collection[int] = (),
+    *,
+    parks: bool = False,
 ) -> Joint | None:
     """Take further lanes along at a change of several lanes.
 
@@ -136,6 +143,7 @@ async def join(
         most: changes, at most.
         cut: see Cut.
         shunned: lanes that are not to be taken along.
+        parks: they are taken along to be parked.
 
     Returns:
         What to apply, or None where the lanes must meet: one is drained by somebody else just now, has a
@@ -148,7 +156,7 @@ async def join(
         rows = await positions.lock_others(turn.session, turn.lane.handler, new)
         for number in new:
             row = rows.get(number)
-            reads = None if row is None else await _behind(turn, number, row, store, most, cut)
+            reads = None if row is None else await _behind(turn, number, row, store, most, cut, parks=parks)
             if reads is None:
                 refused.add(number)
             else:
@@ -158,14 +166,14 @@ async def join(
 
 
 async def _behind(
-    turn: Turn, number: int, row: positions.LaneRow, store: Lanes, most: int, cut: Cut
+    turn: Turn, number: int, row: positions.LaneRow, store: Lanes, most: int, cut: Cut, *, parks: bool
 ) -> list[Read] | None:
     """Read what follows the position of another lane; None where its own pass has to look at it first."""
-    if row.parked > 0:
+    if row.parked > 0 and not parks:
         return None  # it came before all that is in the stream
     lane = Lane(turn.lane.handler, number)
     reads, park_to = await store.read(str(turn.source.generation), lane, row.position, most)
-    if reads and reads[0].entry.count <= park_to:
+    if reads and reads[0].entry.count <= park_to and not parks:
         return None
     if has_hole(row.position, reads, turn.source.floor):
         return None

@@ -48,7 +48,7 @@ class Parking:
         if self._derives:
             counts, _ = count(batch, set())
             rows = await parked.park_keys(session, lane, counts, batch[-1].position)
-            turn.progress.parked += rows
+            turn.progress.parked[lane.number] += rows
             turn.holds((lane.number,), rows)
             return
         changes = [
@@ -56,8 +56,8 @@ class Parking:
             for read in batch
         ]
         await parked.park(session, lane.handler, changes)
-        turn.progress.parked += len(changes)
         for kept in changes:
+            turn.progress.parked[kept.lanes[0]] += 1
             turn.holds(kept.lanes, 1)
 
     async def unpark(self, turn: Turn, most: int) -> None:
@@ -69,7 +69,7 @@ class Parking:
         """
         rows = await parked.first(turn.session, turn.lane, most)
         if not rows:
-            turn.progress.parked -= turn.row.parked  # a person has deleted them by hand
+            turn.progress.parked[turn.lane.number] -= turn.row.parked  # a person has deleted them by hand
             return
         if turn.notes is not None:
             # A worker has died over the lane: as held changes they are called one by one.
@@ -129,7 +129,7 @@ class Parking:
     async def _to_held(self, turn: Turn, rows: Sequence[HeldRow], *, due: bool) -> None:
         if rows:
             await parked.to_held(turn.session, [row.id for row in rows], due=due)
-            turn.progress.parked -= len(rows)
+            turn.progress.parked[turn.lane.number] -= len(rows)
 
     async def _applied(self, turn: Turn, rows: Sequence[HeldRow]) -> None:
         if not rows:
@@ -138,14 +138,14 @@ class Parking:
         await parked.let_go(turn.session, [row.id for row in rows])
         progress.applied += sum(row.kept.changes for row in rows)
         progress.done += [Applied(row.kept.keys, row.kept.position) for row in rows]
-        progress.parked -= len(rows)
+        progress.parked[turn.lane.number] -= len(rows)
         turn.holds((turn.lane.number,), -len(rows))
         await self._promote(turn, rows)
 
     async def _failed(self, turn: Turn, row: HeldRow, failure: Failure) -> None:
         self._applying.tell(turn, failure)
         await held.failed_again(turn.session, row, failure)
-        turn.progress.parked -= 1
+        turn.progress.parked[turn.lane.number] -= 1
         if not failure.holds_back:
             turn.holds((turn.lane.number,), -1)
             await self._promote(turn, [row])

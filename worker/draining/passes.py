@@ -47,8 +47,8 @@ class Progress:
     applied: int = 0
     holding: Counter[int] = field(default_factory=Counter)
     """By how much the number of held rows of each lane has changed."""
-    parked: int = 0
-    """By how much the number of parked rows of this lane has changed."""
+    parked: Counter[int] = field(default_factory=Counter)
+    """By how much the number of parked rows of each lane has changed."""
     last: Read | None = None
     """The entry up to which the lane has moved."""
     others: dict[int, Read] = field(default_factory=dict)

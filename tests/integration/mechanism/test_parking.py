@@ -260,3 +260,30 @@ async def test_random_pauses_failures_moves_and_kills(at: Bench, shop: Shop, see
     for grp, notes in expected.items():
         assert [note for note in log if note in set(notes)] == notes, grp
     assert (await at.counters())[:2] == (160, 0)
+
+
+async def test_lanes_that_exchange_rows_are_parked_together(at: Bench, shop: Shop) -> None:
+    chance = random.Random(3)
+    await at.load(shop.on)
+    await pause(at, "one")
+    expected: dict[int, list[str]] = {}
+    before: int | None = None
+    for step in range(300):
+        after = chance.randrange(8)
+        at.take("items", item(1, after, f"{step}"), None if before is None else item(1, before))
+        for grp in {after, after if before is None else before}:
+            expected.setdefault(grp, []).append(f"{step}")
+        before = after
+    await at.journal.flush()
+    drain = at.drain("one")
+    passes = 0
+    while await parked(at, "one") != (300, 300):
+        await drain.run(Lane("one", passes % at.lane_count))
+        passes += 1
+        assert passes < 40  # met one by one, each change would take several
+    await pause(at, "one", paused=False)
+    await until_empty(at, drain)
+    log = await at.log("note")
+    assert sorted(log, key=int) == [f"{step}" for step in range(300)]
+    for notes in expected.values():
+        assert [note for note in log if note in set(notes)] == notes
