@@ -104,6 +104,12 @@ class Log:
             while (await self.state()).confirmed < lsn:
                 await asyncio.sleep(0.02)
 
+    async def until_free(self) -> None:
+        """Wait until nobody reads from the slot: the end of a backend sends no signal."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while (await self.state()).active_pid is not None:
+                await asyncio.sleep(0.01)
+
     async def open(self, kind: Kind) -> Reading:
         transport = Transport(kind, "the test wants it")
         reader = await open_reader(

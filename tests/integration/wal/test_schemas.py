@@ -132,6 +132,7 @@ async def test_random_operations_on_random_tables(
         f"alter table {table} replica identity {identity.format(table)};"
         f"alter publication {PUBLICATION} add table {table}"
     )
+    await log.until_free()
     async with log.engine.connect() as connection:
         await advance_slot(connection, log.slot, await log.now())  # what a failed example left unread
     history = History(log, table, identity.split(" ", maxsplit=1)[0], columns)
