@@ -265,7 +265,7 @@ def test_every_file_that_is_named_exists() -> None:
     named = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[^`\s]*)`")
     found = [(path.name, name) for path in PAGES for name in named.findall(prose(path))]
     assert len(found) > 20
-    real = [(page, name.rstrip("/")) for page, name in found if "NNNN" not in name]
+    real = [(page, name.split("::")[0].rstrip("/")) for page, name in found if "NNNN" not in name]
     assert [(page, name) for page, name in real if not list(ROOT.glob(name))] == []
 
 
@@ -276,6 +276,22 @@ def test_the_tables_of_the_schema_are_those_of_the_migrations() -> None:
     architecture = (ROOT / "docs/architecture.md").read_text()
     section = architecture.split("| table in schema `tailrace` |")[1].split("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == made
+
+
+def test_every_test_that_shows_a_schedule_exists() -> None:
+    architecture = (ROOT / "docs/architecture.md").read_text()
+    section = architecture.split("\n## Schedules that break the obvious\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| .+ \| `[^`]+` \| (.+) \|$", section, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 38))
+    for number, shown in rows:
+        tests = re.findall(r"`(tests/[^`]+\.py)::(\w+)`", shown)
+        assert tests or "not tested" in shown, number
+        for path, name in tests:
+            tree = ast.parse((ROOT / path).read_text())
+            functions = [
+                node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            ]
+            assert name in functions, f"{number}: {path}::{name}"
 
 
 def test_the_changelog_has_this_version() -> None:
