@@ -173,7 +173,14 @@ async def hold(
         at_once: it waits behind nothing: due now.
     """
     connection = await session.connection()
-    row = {
+    row = to_row(handler, kept) | {"failed": failure is not None}
+    fate = _NO_FAILURE | {"delay": 0.0 if at_once else None} if failure is None else _told(failure)
+    await connection.execute(_INSERT, row | fate)
+
+
+def to_row(handler: str, kept: Kept) -> dict[str, Any]:
+    """Name what is kept of a change, as its row does; the reverse of `from_row`."""
+    return {
         "handler": handler,
         "lanes": list(kept.lanes),
         "keys": [key.decode() for key in kept.keys],
@@ -182,10 +189,7 @@ async def hold(
         "source": kept.source,
         "payload": kept.payload,
         "changes": kept.changes,
-        "failed": failure is not None,
     }
-    fate = _NO_FAILURE | {"delay": 0.0 if at_once else None} if failure is None else _told(failure)
-    await connection.execute(_INSERT, row | fate)
 
 
 def _told(failure: Failure) -> dict[str, Any]:

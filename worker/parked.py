@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from worker.change import Position
-from worker.held import HeldRow, Kept, from_row
+from worker.held import HeldRow, Kept, from_row, to_row
 from worker.lanes import Lane
 
 _INSERT = text(
@@ -56,22 +56,7 @@ _LANES = text(
 async def park(session: AsyncSession, handler: str, changes: Sequence[Kept]) -> None:
     """Park changes, in their order; the session holds the locks of their lanes."""
     connection = await session.connection()
-    await connection.execute(
-        _INSERT,
-        [
-            {
-                "handler": handler,
-                "lanes": list(kept.lanes),
-                "keys": [key.decode() for key in kept.keys],
-                "lsn": kept.position.lsn,
-                "ordinal": kept.position.ordinal,
-                "source": kept.source,
-                "payload": kept.payload,
-                "changes": kept.changes,
-            }
-            for kept in changes
-        ],
-    )
+    await connection.execute(_INSERT, [to_row(handler, kept) for kept in changes])
 
 
 async def park_keys(session: AsyncSession, lane: Lane, counts: Mapping[bytes, int], at: Position) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import TextClause, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from worker.change import Position
 from worker.database import is_locked
@@ -79,10 +79,9 @@ _SOURCE = text(
     "select generation, floor_lsn, floor_ordinal, lanes, history, delivery,"
     " delivery = 'plain' or (server_started = pg_postmaster_start_time()"
     "  and timeline = (select timeline_id from pg_control_checkpoint())),"
-    " coalesce((select paused from tailrace.handlers where name = :handler), false),"
-    " exists (select from tailrace.held where handler = :handler and status = 'dead')"
-    " from tailrace.source"
+    " false, false from tailrace.source"
 )
+_ALL = text("select handler, lane, lsn, ordinal from tailrace.lanes")
 # pgoutput tells 32 bits of a transaction id; what is less than half a circle ahead of now is of the future,
 # and the future is never visible.
 _VISIBLE = text(
@@ -176,9 +175,9 @@ def _row(found: Any) -> LaneRow:  # noqa: ANN401 - a row of text(), which has no
     return LaneRow(Position(found[1], found[2]), arrived, found[5], found[6])
 
 
-async def read_source(connection: AsyncConnection | AsyncSession, handler: str = "") -> SourceRow:
-    """Read the generation in force, and whether a handler is paused."""
-    return _source((await connection.execute(_SOURCE, {"handler": handler})).one())
+async def read_source(connection: AsyncConnection | AsyncSession) -> SourceRow:
+    """Read the generation in force, for no handler in particular; a pass reads it with its lane (`take`)."""
+    return _source((await connection.execute(_SOURCE)).one())
 
 
 def _source(row: Sequence[Any]) -> SourceRow:
@@ -249,6 +248,12 @@ async def arrive(session: AsyncSession, lane: Lane, at: Position) -> None:
     await connection.execute(
         _ARRIVE, {"handler": lane.handler, "lane": lane.number, "lsn": at.lsn, "ordinal": at.ordinal}
     )
+
+
+async def of_all(engine: AsyncEngine) -> dict[Lane, Position]:
+    """Read the positions of all lanes."""
+    async with engine.connect() as connection:
+        return {Lane(row[0], row[1]): Position(row[2], row[3]) for row in await connection.execute(_ALL)}
 
 
 async def greatest(connection: AsyncConnection) -> Position:

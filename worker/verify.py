@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import text
@@ -51,7 +52,6 @@ _ROWS = text(
     " or l.parked <> (select count(*) from tailrace.held h"
     "  where h.handler = l.handler and h.status = 'parked' and h.lanes[1] = l.lane)"
 )
-_POSITIONS = text("select handler, lane, lsn, ordinal from tailrace.lanes")
 
 
 @dataclass
@@ -246,12 +246,12 @@ class _Verification:
             generation = str(before.generation)
             found = await self._lanes.raw("HGET", f"{self._lanes.base(generation)}:meta", "last")
             written = before.floor if found is None else Position.parse(found.decode())
-            at = await self._positions()
+            at = await positions.of_all(self._engine)
             entries = {
                 lane: await self._entries(generation, lane, at.get(lane, Position.ZERO))
                 for lane in await self._lanes.tops(generation)
             }
-            passed = await self._positions()
+            passed = await positions.of_all(self._engine)
             if (await self._source()).generation == before.generation:
                 return _Look(generation, written, entries, passed, before.floor)
         return None
@@ -260,18 +260,12 @@ class _Verification:
         async with self._engine.connect() as connection:
             return await positions.read_source(connection)
 
-    async def _positions(self) -> dict[Lane, Position]:
-        async with self._engine.connect() as connection:
-            return {
-                Lane(row[0], row[1]): Position(row[2], row[3]) for row in await connection.execute(_POSITIONS)
-            }
-
     async def _entries(self, generation: str, lane: Lane, after: Position) -> list[Read]:
         reads: list[Read] = []
         while page := (await self._lanes.read(generation, lane, after, PAGE)).reads:
             after = page[-1].position
             # Payloads are not kept: a backlog may be larger than memory should be.
-            reads += [Read(position, _without_payload(entry)) for position, entry in page]
+            reads += [Read(position, replace(entry, keys=(), payload=b"")) for position, entry in page]
         return reads
 
     def _compare(self, look: _Look, log: _Log | None) -> None:
@@ -323,12 +317,6 @@ class _Verification:
             named = ", ".join(f"{as_text(one.lsn)}-{one.ordinal}" for one in sorted(places)[:MOST_NAMED])
             more = f" and {len(places) - MOST_NAMED} more" if len(places) > MOST_NAMED else ""
             self.found.problems.append(f"{handler}: {len(places)} changes {what}: {named}{more}")
-
-
-def _without_payload(entry: Any) -> Any:  # noqa: ANN401 - a struct of lanes.py
-    return entry.__class__(
-        entry.previous, (), (), entry.source, b"", entry.count, entry.size, entry.at, None, entry.changes
-    )
 
 
 def _not_in_log(lane: Lane, reads: Sequence[Read], log: _Log) -> list[Position]:

@@ -314,7 +314,7 @@ class ProvenReading:
         """Move the slot, having recorded where to; at most to what had been read so far."""
         # Before the positions: what is enqueued in between is not passed by them.
         last = {lane: Position.parse(top.last) for lane, top in self._writer.tops.items()}
-        target = slot_target(last, await record.positions(self._ground.engine), read_to)
+        target = slot_target(last, await positions.of_all(self._ground.engine), read_to)
         moved, at = self._advanced
         due = ADVANCE_SECONDS if self._busy else IDLE_ADVANCE_SECONDS
         if target <= moved or time.monotonic() - at < due:

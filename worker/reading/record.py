@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.change import Position
-from worker.lanes import Lane, LeaseLostError
+from worker.lanes import LeaseLostError
 from worker.lease import limited
 from worker.wal.publication import Fingerprint
 from worker.wal.slot import Recorded, Server
@@ -42,7 +42,6 @@ _FORGET = text(
     "update tailrace.source set delivery = 'plain', generation = null, slot_target = null, published = null"
 )
 _HISTORY = text("update tailrace.source set history = replace(gen_random_uuid()::text, '-', '')")
-_POSITIONS = text("select handler, lane, lsn, ordinal from tailrace.lanes")
 
 
 class Remembered(NamedTuple):
@@ -144,12 +143,4 @@ async def forget(connection: AsyncConnection) -> None:
     await restart_at(connection, 0, anew=True, new_history=True)
 
 
-async def positions(engine: AsyncEngine) -> dict[Lane, Position]:
-    """Read the positions of all lanes."""
-    async with engine.connect() as connection:
-        return {
-            Lane(row[0], row[1]): Position(row[2], row[3]) for row in await connection.execute(_POSITIONS)
-        }
-
-
-__all__ = ["Remembered", "begin", "positions", "read", "restart_at", "set_published", "set_target"]
+__all__ = ["Remembered", "begin", "read", "restart_at", "set_published", "set_target"]
