@@ -1,0 +1,104 @@
+"""A backfill begins only when every transaction that may have committed before it can be seen."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tests.integration.mechanism.bench import Bench
+from worker import Handlers
+from worker.backfill import Backfills
+from worker.registry import Handler
+
+
+@pytest.fixture
+async def other(at: Bench) -> AsyncIterator[asyncpg.Connection]:
+    """Somebody else's connection."""
+    url = at.engine.url.render_as_string(hide_password=False).replace("+asyncpg", "")
+    connection = await asyncpg.connect(url)
+    yield connection
+    await connection.close()
+
+
+async def backfills(at: Bench, given: list[bytes]) -> Backfills:
+    """Ask for the backfill of a derive handler; its keys go into a list."""
+    on = Handlers()
+
+    @on.derive("items", by="id", name="one")
+    async def one(keys: list[int], session: AsyncSession) -> None:
+        """Nothing is computed here."""
+
+    await at.load(on)
+
+    async def put(handler: Handler, keys: Sequence[bytes]) -> None:
+        given.extend(keys)
+
+    async def until_passed(handler: Handler) -> None:
+        """Everything is applied at once here."""
+
+    await at.db.execute(
+        "insert into tailrace.backfills (handler, schema_name, table_name) values ('one', 'public', 'items')"
+    )
+    return Backfills(at.engine, at.handlers, at.catalogue, put, until_passed)
+
+
+@contextmanager
+def looks(at: Bench) -> Iterator[asyncio.Event]:
+    """Tell when the backfill has looked twice for what it waits for: once in vain."""
+    seen, twice = 0, asyncio.Event()
+
+    def look(_: Any, __: Any, statement: str, *___: Any) -> None:
+        nonlocal seen
+        seen += "pg_snapshot_xmin" in statement
+        if seen > 1:
+            twice.set()
+
+    event.listen(at.engine.sync_engine, "before_cursor_execute", look)
+    try:
+        yield twice
+    finally:
+        event.remove(at.engine.sync_engine, "before_cursor_execute", look)
+
+
+async def test_a_backfill_waits_for_transactions_that_cannot_be_seen_yet(
+    at: Bench, other: asyncpg.Connection
+) -> None:
+    given: list[bytes] = []
+    asked = await backfills(at, given)
+    await at.db.execute("insert into items values (1, 1)")
+    # It may be in the log already, and below the place from which the log is read: nobody can tell.
+    await other.execute("begin; insert into items values (2, 1)")
+    with looks(at) as twice:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            running = group.create_task(asked.once(), name="test: backfill")
+            looked = group.create_task(twice.wait(), name="test: looks")
+            await asyncio.wait({running, looked}, return_when=asyncio.FIRST_COMPLETED)
+            looked.cancel()
+            assert not running.done(), "it began beside a transaction whose rows it does not see"
+            assert given == []
+            # What begins later is read from the log, and is not waited for.
+            await at.db.execute("begin; insert into items values (3, 1)")
+            await other.execute("commit")
+            assert await running
+    assert given == [b'["1"]', b'["2"]']
+    await at.db.execute("rollback")
+
+
+async def test_a_transaction_that_never_ends_holds_no_backfill_up_for_ever(
+    at: Bench, other: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.backfill.VISIBLE_SECONDS", 0.3)
+    given: list[bytes] = []
+    asked = await backfills(at, given)
+    await at.db.execute("insert into items values (1, 1)")
+    await other.execute("begin; insert into items values (2, 1)")
+    with looks(at) as twice:
+        async with asyncio.timeout(30):
+            assert await asked.once()
+    assert twice.is_set()
+    assert given == [b'["1"]']
