@@ -123,7 +123,9 @@ async def reading(made: Project) -> AsyncIterator[Own]:
     finally:
         running.cancel()
         await asyncio.wait({running})
-        await made.until("select count(*) from pg_replication_slots where slot_name = 'tailrace' and active", 0)
+        await made.until(
+            "select count(*) from pg_replication_slots where slot_name = 'tailrace' and active", 0
+        )
         await made.db.execute("select pg_drop_replication_slot('tailrace')")
         await redis.aclose(close_connection_pool=True)
         await engine.dispose()
