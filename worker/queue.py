@@ -1,19 +1,21 @@
-"""arq's Redis client, made patient.
+"""Connections to Redis, made prompt, and arq's Redis client, made patient.
 
-arq's worker ends when Redis is away for a moment, and looks for jobs twice a second. This client waits for
-Redis instead of failing, and lets arq's poll wait for a wake-up. Nothing here knows of lanes or handlers.
+redis-py turns the event loop several times for each command before it waits for the answer; our connections
+do not. arq's worker ends when Redis is away for a moment, and looks for jobs twice a second; this client
+waits for Redis instead of failing, and lets arq's poll wait for a wake-up. Nothing here knows of lanes or
+handlers.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
 import structlog
 from arq.connections import ArqRedis
 from redis.asyncio.client import Pipeline
-from redis.asyncio.connection import ConnectionPool
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
@@ -51,6 +53,63 @@ def refuses_for_now(error: Exception) -> bool:
     )
 
 
+_SMALL = 1 << 16
+"""Bytes of a command that are written without looking whether the socket takes them."""
+
+
+class _Prompt(AbstractConnection):
+    """Sends a command without a task and a timer of its own: a small one only goes into a buffer.
+
+    A server that does not take it does not answer it either, and for the answer there is a time limit.
+    """
+
+    async def send_packed_command(
+        self,
+        command: bytes | str | Iterable[bytes],
+        check_health: bool = True,  # noqa: FBT001, FBT002 - as redis-py has it
+    ) -> None:
+        writer = self._writer
+        if (
+            isinstance(command, list)
+            and writer is not None
+            and not self._is_due
+            and not self.is_stale
+            and writer.transport.get_write_buffer_size() == 0
+            and sum(map(len, command)) <= _SMALL
+        ):
+            writer.writelines(command)
+        else:
+            await super().send_packed_command(command, check_health)
+
+    @property
+    def _is_due(self) -> bool:
+        """It was silent for so long that it is to be asked whether it lives."""
+        return bool(self.health_check_interval) and (
+            asyncio.get_running_loop().time() > self.next_health_check
+        )
+
+    @property
+    def is_stale(self) -> bool:
+        """The server has closed it, or has said something that nobody asked for."""
+        reader, writer = self._reader, self._writer
+        return (
+            reader is None
+            or writer is None
+            or writer.transport.is_closing()
+            or reader.at_eof()
+            or bool(reader._buffer)  # type: ignore[attr-defined] # noqa: SLF001 - asked nowhere else
+        )
+
+
+class _Pool(ConnectionPool):
+    """Gives out a connection after a look at it; redis-py tries to read from each one first."""
+
+    async def ensure_connection(self, connection: AbstractConnection) -> None:
+        await connection.connect()  # type: ignore[no-untyped-call] # redis-py's own
+        if not isinstance(connection, _Prompt) or connection.is_stale:
+            await super().ensure_connection(connection)
+
+
 def connection_pool(url: str, *, retries: int = 3) -> "ConnectionPool":
     """Make a pool of connections to Redis.
 
@@ -58,15 +117,20 @@ def connection_pool(url: str, *, retries: int = 3) -> "ConnectionPool":
         url: `redis://`, `rediss://` or `unix://`.
         retries: attempts after a lost connection before the command fails.
     """
-    return ConnectionPool.from_url(
+    # A Unix socket has no peer that could vanish without a word, and redis-py knows no such option for it.
+    kept_alive = {} if url.startswith("unix:") else {"socket_keepalive": True}
+    pool = _Pool.from_url(
         url,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
         retry_on_error=[RedisConnectionError, RedisTimeoutError],
         socket_connect_timeout=5,
         socket_timeout=10,
-        socket_keepalive=True,
         health_check_interval=15,
+        **kept_alive,
     )
+    # Which class it is depends on the URL: TCP, TLS or a Unix socket.
+    pool.connection_class = type("Connection", (_Prompt, pool.connection_class), {})
+    return pool
 
 
 def encode_job(value: dict[str, Any]) -> bytes:
