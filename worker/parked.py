@@ -5,7 +5,8 @@ are applied from here, in the order of their ids, before anything that stands in
 earlier held change of its keys waits behind that one, as a held change does.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -33,15 +34,24 @@ _INSERT_KEYS = text(
     " from first where id is null returning id"
 )
 _FIRST = text(
-    "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts, redriven from tailrace.held"
-    " where handler = :handler and lanes[1] = :lane and status = 'parked' order by id limit :most"
+    "select first.* from unnest(cast(:lanes as integer[])) l, lateral ("
+    "  select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts, redriven from tailrace.held"
+    "  where handler = :handler and lanes[1] = l and status = 'parked' order by id limit :most) first"
+    " order by id limit :most"
 )
-_OTHERS = text(
-    "select k, min(h.id) from tailrace.held h, unnest(h.keys) k where h.handler = :handler"
-    " and h.waits and (h.status <> 'parked' or h.lanes[1] <> :lane)"
-    " and h.keys && cast(:keys as text[]) group by k"
+# What has never failed and is due is on its way; any other held one may wait for a long time.
+_BEFORE = text(
+    "select k, min(id) filter (where waits_long), min(id) filter (where not waits_long) from ("
+    " select h.id, h.keys, h.status <> 'parked' and (h.status <> 'retrying' or h.attempts > 0"
+    "   or h.next_attempt_at is null) as waits_long"
+    "  from tailrace.held h where h.handler = :handler"
+    "  and h.waits and h.keys && cast(:keys as text[]) and h.id <= :last"
+    "  and h.id <> all (cast(:ids as bigint[]))) found, unnest(keys) k group by k"
 )
-_WALL = text("select min(id) from tailrace.held where handler = :handler and waits and keys = '{}'")
+_WALL = text(
+    "select id, status <> 'parked' and (status <> 'retrying' or attempts > 0 or next_attempt_at is null)"
+    " from tailrace.held where handler = :handler and waits and keys = '{}' order by id limit 1"
+)
 _TO_HELD = text(
     "update tailrace.held set status = 'retrying',"
     " next_attempt_at = case when :due then clock_timestamp() end where id = any(cast(:ids as bigint[]))"
@@ -76,25 +86,51 @@ async def park_keys(session: AsyncSession, lane: Lane, counts: Mapping[bytes, in
     return len(found.all())
 
 
-async def first(session: AsyncSession, lane: Lane, most: int) -> list[HeldRow]:
-    """Read the first rows that a lane is to apply."""
+async def first(session: AsyncSession, handler: str, lanes: Sequence[int], most: int) -> list[HeldRow]:
+    """Read the first rows that some lanes are to apply, in the order of their ids."""
     connection = await session.connection()
-    parameters = {"handler": lane.handler, "lane": lane.number, "most": most}
+    parameters = {"handler": handler, "lanes": list(lanes), "most": most}
     return [from_row(row) for row in await connection.execute(_FIRST, parameters)]
 
 
-async def others(session: AsyncSession, lane: Lane, keys: Iterable[bytes]) -> dict[bytes, int]:
-    """Find rows with these keys that wait for something else; return the id of the first of each key."""
-    connection = await session.connection()
-    parameters = {"handler": lane.handler, "lane": lane.number, "keys": [key.decode() for key in keys]}
-    return {row[0].encode(): row[1] for row in await connection.execute(_OTHERS, parameters)}
+class Before(NamedTuple):
+    """For keys of some rows, the id of the first row that waits with that key and is none of them."""
+
+    held: Mapping[bytes, int]
+    """Held: for a while, for a person, or behind another one."""
+    moving: Mapping[bytes, int]
+    """Parked, or held and due: it will be applied as soon as somebody comes to it."""
 
 
-async def wall(session: AsyncSession, handler: str) -> int | None:
-    """Give the id of the first change of all keys that waits: later ones of any lane are behind it."""
+async def before(session: AsyncSession, handler: str, rows: Sequence[HeldRow]) -> Before:
+    """Find what waits with the keys of some rows, with ids not above theirs, besides themselves."""
     connection = await session.connection()
-    found: int | None = (await connection.execute(_WALL, {"handler": handler})).scalar_one()
-    return found
+    parameters = {
+        "handler": handler,
+        "keys": sorted({key.decode() for row in rows for key in row.kept.keys}),
+        "ids": [row.id for row in rows],
+        "last": max(row.id for row in rows),
+    }
+    found = (await connection.execute(_BEFORE, parameters)).all()
+    return Before(
+        {row[0].encode(): row[1] for row in found if row[1] is not None},
+        {row[0].encode(): row[2] for row in found if row[2] is not None},
+    )
+
+
+class Wall(NamedTuple):
+    """A change of all keys that waits: later ones of any lane are behind it."""
+
+    id: int
+    waits_long: bool
+    """It has failed, or a person has to decide."""
+
+
+async def wall(session: AsyncSession, handler: str) -> Wall | None:
+    """Find the first change of all keys that waits."""
+    connection = await session.connection()
+    row = (await connection.execute(_WALL, {"handler": handler})).one_or_none()
+    return None if row is None else Wall(row[0], row[1])
 
 
 async def to_held(session: AsyncSession, ids: Sequence[int], *, due: bool) -> None:

@@ -105,8 +105,9 @@ _MOVE = text(
     " parked = parked + :parked, moved_at = clock_timestamp()"
     " where handler = :handler and lane = :lane"
 )
-_COUNT_HELD = text(
-    "update tailrace.lanes set holding = holding + :holding where handler = :handler and lane = :lane"
+_COUNT_WAITING = text(
+    "update tailrace.lanes set holding = holding + :holding, parked = parked + :parked"
+    " where handler = :handler and lane = :lane"
 )
 _ARRIVE = text(
     "update tailrace.lanes set arrived_lsn = :lsn, arrived_ordinal = :ordinal"
@@ -236,10 +237,11 @@ async def move(session: AsyncSession, lane: Lane, to: Position, moved: Moved = M
     await connection.execute(_MOVE, parameters | moved._asdict())
 
 
-async def count_held(session: AsyncSession, lane: Lane, holding: int) -> None:
-    """Count held rows that concern a lane besides the one that is drained, under its lock."""
+async def count_waiting(session: AsyncSession, lane: Lane, holding: int, parked: int) -> None:
+    """Count rows that concern a lane besides the one that is drained, and are its own to apply."""
     connection = await session.connection()
-    await connection.execute(_COUNT_HELD, {"handler": lane.handler, "lane": lane.number, "holding": holding})
+    parameters = {"handler": lane.handler, "lane": lane.number, "holding": holding, "parked": parked}
+    await connection.execute(_COUNT_WAITING, parameters)
 
 
 async def arrive(session: AsyncSession, lane: Lane, at: Position) -> None:

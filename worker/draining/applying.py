@@ -302,10 +302,10 @@ class Applying:
         spoiler = turn.spoilers.get(("held", row.id))
         failure = spoiler
         if failure is None and turn.notes is not None:
-            failure = verdict(turn.notes.deaths_of_held(row.id), self.policy)
+            failure = verdict(turn.notes.deaths_of_row(row.id), self.policy)
         if failure is None:
             if turn.notes is not None:
-                await turn.notes.begin_held(row.id)
+                await turn.notes.begin_rows(row.id, row.id)
             failure = await self._call_again(turn, row)
         if failure is not None:
             self.tell(turn, failure)

@@ -8,7 +8,8 @@ lost, it is written again by the next death. Nothing is noted while nobody dies.
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -20,20 +21,46 @@ from worker.retries import Failure, Policy, classify
 MOST_DEATHS = 3
 FEW = 25
 """Entries of one call after the first death: most workers die for other reasons, which must cost little."""
+_ROW = "held:"
 
 
 class _Note(msgspec.Struct, frozen=True, array_like=True):
     worker: str
     first: str
-    """What is called: the position of an entry, or `held:<id>`."""
+    """What is called: the position of an entry, or `held:<id>` of a row that is parked or held."""
     last: str
-    """The last entry of the call; empty for what is held."""
+    """The last of the call."""
     deaths: int
     """Of workers over it, before this call."""
 
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_Note)
+
+
+PlaceT = TypeVar("PlaceT", Position, int)
+
+
+@dataclass
+class Hand(Generic[PlaceT]):
+    """What a dead worker may have had in hand: entries by position, or rows by id."""
+
+    until: PlaceT | None = None
+    """Its end; None before the first look."""
+    deaths: int = 1
+    """Over what lies between `since` and `narrowed`."""
+    since: PlaceT | None = None
+    narrowed: PlaceT | None = None
+
+    def narrow(self, first: PlaceT, last: PlaceT, deaths: int) -> None:
+        """Note that workers have died over this part."""
+        self.since, self.narrowed, self.deaths = first, last, deaths
+
+    def deaths_over(self, at: PlaceT) -> int:
+        """Count them for one of these; at least the first."""
+        if self.since is None or self.narrowed is None:
+            return 1
+        return self.deaths if self.since <= at <= self.narrowed else 1
 
 
 @dataclass
@@ -44,11 +71,9 @@ class Suspicion:
     """Who has the lane now."""
     alone: asyncio.Lock
     """Of this worker: what is in hand in another lane when it dies must not be accused."""
-    until: Position | None = None
-    """End of what the dead worker may have had in hand; None before the first look."""
-    deaths: int = 1
-    """Over the entries up to `narrowed`."""
-    narrowed: Position | None = None
+    entries: Hand[Position] = field(default_factory=Hand[Position])
+    rows: Hand[int] = field(default_factory=Hand[int])
+    """Of what is parked."""
 
 
 class Notes:
@@ -70,12 +95,12 @@ class Notes:
 
     def deaths(self, at: Position) -> int:
         """Count the workers that have died over the entry, as far as is known; at least the first."""
-        found, suspicion = self._found, self.suspicion
-        if found is not None and found.last:
-            last = Position.parse(found.last)
-            if Position.parse(found.first) <= at <= last:
-                suspicion.deaths, suspicion.narrowed = self._of_found(found), last
-        return suspicion.deaths if suspicion.narrowed is not None and at <= suspicion.narrowed else 1
+        found, hand = self._found, self.suspicion.entries
+        if found is not None and not found.first.startswith(_ROW):
+            first, last = Position.parse(found.first), Position.parse(found.last)
+            if first <= at <= last:
+                hand.narrow(first, last, self._of_found(found))
+        return hand.deaths_over(at)
 
     def few(self, at: Position) -> int:
         """Tell how many entries to take at once, from this one on."""
@@ -85,16 +110,24 @@ class Notes:
         """Note that a call with these entries begins."""
         await self._write(str(first), str(last), self.deaths(first))
 
-    # Held changes, which are called one by one anyway
+    # Rows: what is parked, a few at a time, and held changes, which are called one by one anyway
 
-    def deaths_of_held(self, id_: int) -> int:
-        """Count the workers that have died over a held change."""
-        found = self._found
-        return self._of_found(found) if found is not None and found.first == f"held:{id_}" else 1
+    def deaths_of_row(self, id_: int) -> int:
+        """Count the workers that have died over a row; at least the first."""
+        found, hand = self._found, self.suspicion.rows
+        if found is not None and found.first.startswith(_ROW):
+            first, last = _id(found.first), _id(found.last)
+            if first <= id_ <= last:
+                hand.narrow(first, last, self._of_found(found))
+        return hand.deaths_over(id_)
 
-    async def begin_held(self, id_: int) -> None:
-        """Note that the call of a held change begins."""
-        await self._write(f"held:{id_}", "", self.deaths_of_held(id_))
+    def few_rows(self, id_: int) -> int:
+        """Tell how many parked rows to take at once, from this one on."""
+        return FEW if self.deaths_of_row(id_) <= 1 else 1
+
+    async def begin_rows(self, first: int, last: int) -> None:
+        """Note that a call with these rows begins."""
+        await self._write(f"{_ROW}{first}", f"{_ROW}{last}", self.deaths_of_row(first))
 
     # Both
 
@@ -111,6 +144,10 @@ class Notes:
         if self._written:
             await self._lanes.forget_note(self._lane)
             self._written = False
+
+
+def _id(row: str) -> int:
+    return int(row.removeprefix(_ROW))
 
 
 def verdict(deaths: int, policy: Policy) -> Failure | None:

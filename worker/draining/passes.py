@@ -5,6 +5,7 @@ Plain data, shared by drain.py (the order of steps) and applying.py (the calls).
 
 import enum
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -88,6 +89,8 @@ class Turn:
     """Calls with several items are tried first; False once such a call has taken the transaction with it."""
     spoilers: dict[object, Failure]
     """What took an earlier transaction of this pass with it: not called again, but held."""
+    along: Mapping[int, LaneRow] = field(default_factory=dict)
+    """Lanes whose rows are locked for what is parked: its own, and those taken along."""
     notes: Notes | None = None
     """Of a lane over which a worker has died: one call at a time, each noted."""
 

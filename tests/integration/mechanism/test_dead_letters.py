@@ -228,6 +228,25 @@ async def test_a_held_change_that_ends_workers(at: Bench) -> None:
     assert await at.rows("held", "status, error_class") == [("dead", "worker.errors.WorkerDied")]
 
 
+async def test_a_parked_change_that_ends_workers_and_the_others_are_not_held_for_it(at: Bench) -> None:
+    deadly = Deadly()
+    await at.load(deadly.on)
+    lane = at.lane_of("one", item(1, 7))
+    for n in range(40):
+        await at.put("items", item(n, 7, f"{n}"))
+    await at.db.execute("update tailrace.handlers set paused = true")
+    await at.drain("one").run(lane)
+    await at.db.execute("update tailrace.handlers set paused = false")
+    deadly.deadly = {"17"}
+    lives = [await deadly.worker(at, f"w{n}", lane) for n in range(4)]
+    assert lives == [False, False, False, True]
+    assert deadly.calls.count("17") == 3
+    assert await at.log("note") == [f"{n}" for n in range(40) if n != 17]
+    assert await at.rows("held", "status, error_class") == [("dead", "worker.errors.WorkerDied")]
+    assert (await at.counters())[:2] == (39, 1)
+    assert await at.holding_is_true()
+
+
 async def test_a_worker_that_is_killed_for_other_reasons_costs_nothing_but_a_slow_start(at: Bench) -> None:
     deadly = Deadly()
     await at.load(deadly.on)
