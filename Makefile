@@ -33,7 +33,7 @@ run: $(STAMP) ## the main job; with nothing configured, the demo on the embedded
 test: $(STAMP) ## the tests (ARGS="-k lanes" chooses)
 	@exec $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
-bench: $(STAMP) ## the benchmarks (ARGS="latency --json FILE", ARGS=drain or ARGS=big)
+bench: $(STAMP) ## the benchmarks (ARGS="drain --json FILE" and others: ARGS=--help)
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 chaos: $(STAMP) ## proven delivery while everything dies at random (ARGS="--seed 7 --seconds 120")

@@ -9,10 +9,11 @@ import contextlib
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import big, drain, latency
+from benchmarks import big, drain, goals, latency
 from benchmarks.report import Report, machine
 from examples.demo.processes import DemoError
 
@@ -39,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
     second = names.add_parser("drain", help=drain.TITLE, description=drain.TITLE)
     second.add_argument("--changes", type=_whole, default=50_000, help="backlog of a round (%(default)s)")
     second.add_argument(
-        "--only", choices=[one.name for one in drain.WORKLOADS], action="append", help="only this work"
+        "--only",
+        choices=[*(one.name for one in drain.WORKLOADS), "glue"],
+        action="append",
+        help="only this work",
     )
     third = names.add_parser("big", help=big.TITLE, description=big.TITLE)
     third.add_argument("--rows", type=_whole, default=1_000_000, help="of the transaction (%(default)s)")
@@ -70,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load_before=os.getloadavg()[0],
     )
     print(report.machine)
+    began = time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(_run(options, report))
@@ -77,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"benchmarks: {error}", file=sys.stderr)
             return 1
         report.load_after = os.getloadavg()[0]
+        report.seconds = round(time.monotonic() - began, 1)
+        report.add_memory()
+        goals.judge(report)
         print(report.text())
         if options.json is not None:
             options.json.write_bytes(report.json())

@@ -6,16 +6,15 @@ fails the run.
 """
 
 import time
-from pathlib import Path
 from typing import Final, Literal
 
 from redis.asyncio import Redis
 
 from benchmarks.report import Report
-from benchmarks.stack import ORDERS, stack
+from benchmarks.stack import ORDERS, high_water, stack
 from benchmarks.workloads.once import TABLES
 from examples.demo.database import Connection
-from examples.demo.processes import Child, DemoError
+from examples.demo.processes import DemoError
 
 TITLE = "memory and rate of one huge transaction, proven delivery"
 GOAL_PROCESS_MIB: Final = 200
@@ -52,7 +51,7 @@ async def measure(report: Report, *, rows: int, transport: Transport, settings: 
             peak = int((await redis.info("memory"))["used_memory_peak"]) - empty
         finally:
             await redis.aclose()
-        memory = {child.name: _high_water(child) for child in (listener, worker)}
+        memory = {"listener": high_water(listener), "worker": high_water(worker)}
         await _once_each(running.db, rows)
     report.notes.append(
         f"{rows} rows in one transaction, read by {transport}; settings: {settings or 'defaults'}"
@@ -75,9 +74,3 @@ async def _once_each(db: Connection, rows: int) -> None:
     gaps = await db.fetchval("select count(*) from tailrace.gaps")
     if (*called, gaps) != (rows, 1, 0):
         raise DemoError(f"{rows} rows: {called[0]} applied, up to {called[1]} times, {gaps} gaps")
-
-
-def _high_water(child: Child) -> float:
-    """Read the greatest memory a process has had, in MiB."""
-    lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))

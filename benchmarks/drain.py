@@ -1,31 +1,33 @@
-"""Drain rate: a backlog that waits in Redis is applied by workers that were started before it is let go.
+"""Drain rate: a full backlog in Redis is applied by workers that were started before it is let go.
 
-The backlog is written once by a real listener, then kept aside (Redis's keys as they are, and the positions
-of the lanes), so that each round begins from exactly the same state. Rates are taken from the commit times of
-the derived rows: from the first commit to the last, without the rows of the first.
+Beside it the same rows are made by a loop written by hand (the floor) and by the usual glue (jobs of a job
+runner). Rates are taken from the commit times of the derived rows: from the first commit to the last, without
+the rows of the first.
 """
 
-import asyncio
-import json
-import urllib.request
+import importlib.util
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
-from redis.asyncio import Redis
 
+from benchmarks.backlog import APPLIED, Backlog, open_redis
+from benchmarks.contenders import Contender, interleave
 from benchmarks.floor import STREAM
+from benchmarks.glue.orders import payload
 from benchmarks.report import Report
-from benchmarks.stack import ORDERS, PYTHON, QUEUE, Stack, stack
+from benchmarks.stack import ORDERS, PYTHON, Stack, stack
 from benchmarks.workloads import TABLES
 from examples.demo.processes import Child, DemoError
 
-TITLE = "changes a second from a full Redis backlog to derived rows, beside a hand-written loop"
+TITLE = (
+    "changes a second from a full Redis backlog to derived rows, beside a hand-written loop and usual glue"
+)
 WORKERS: Final = (1, 2)
-_ROWS_AT_ONCE = 500
-_FILL_SECONDS = 300.0
-_DRAIN_SECONDS = 300.0
+_AT_ONCE = 500
+_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
@@ -50,173 +52,223 @@ WORKLOADS: Final = (
     Workload("batch", "change handler, batch=500", "batch"),
     Workload("single", "change handler, one at a time", "batch", share=0.2),
 )
+_FLOORS: Final = {"derive": "floor, keys of 500 at once", "batch": "floor, batches of 500"}
 
-_INSERT = (
-    "insert into orders (customer_id, status, amount)"
-    " select 1 + n % 200, 'new', (n % 50000) / 100.0 from generate_series($1::int, $2::int) n"
+
+@dataclass(frozen=True)
+class Glue:
+    """One job runner.
+
+    Attributes:
+        title: in the report.
+        module: in benchmarks/glue.
+        command: starts its worker.
+        share: part of the backlog that it is given.
+        needs: module without which it is skipped.
+        workers: how many worker processes are tried.
+    """
+
+    title: str
+    module: str
+    command: tuple[str, ...]
+    share: float
+    needs: str
+    workers: tuple[int, ...] = (1,)
+
+
+GLUE: Final = (
+    Glue(
+        "arq with its defaults",
+        "arq_jobs",
+        ("arq", "benchmarks.glue.arq_jobs.Default"),
+        0.02,
+        "arq",
+        WORKERS,
+    ),
+    Glue("arq tuned", "arq_jobs", ("arq", "benchmarks.glue.arq_jobs.Tuned"), 0.1, "arq", WORKERS),
+    Glue("SAQ", "saq_jobs", ("saq", "benchmarks.glue.saq_jobs.settings"), 0.06, "saq"),
+    Glue(
+        "taskiq",
+        "taskiq_jobs",
+        ("taskiq", "worker", "benchmarks.glue.taskiq_jobs:broker", "--workers", "1"),
+        0.06,
+        "taskiq_redis",
+    ),
+    Glue(
+        "Procrastinate",
+        "procrastinate_jobs",
+        ("procrastinate", "-a", "benchmarks.glue.procrastinate_jobs.app", "worker", "--concurrency", "50"),
+        0.02,
+        "procrastinate",
+    ),
 )
-_APPLIED = "select coalesce(sum(applied), 0)::bigint from tailrace.lanes"
+_LEAST: Final = 500
+
 _COMMITS = """
 select extract(epoch from at)::float8, count(*)
 from (select pg_xact_commit_timestamp(xmin) as at from derived_orders) made group by at order by at
 """
-_RESET = """
-truncate derived_orders;
-delete from tailrace.lanes;
-insert into tailrace.lanes select * from lanes_kept;
-vacuum analyze
-"""
+_DERIVED = "select count(*) from derived_orders"
 
 
 async def measure(report: Report, *, changes: int, rounds: int, only: Sequence[str] | None) -> None:
-    """Measure each kind of handler on a stack of its own, and add the figures to the report.
+    """Measure each kind of handler, floor and glue in turns, and add the figures to the report.
+
+    Args:
+        report: gets the figures.
+        changes: backlog of a round.
+        rounds: how often each is measured.
+        only: names of workloads, or `glue`; None: all.
 
     Raises:
-        DemoError: a process ended, or the backlog was not drained.
+        DemoError: a backlog could not be written.
     """
-    report.notes.append(f"backlog of {changes} changes; {rounds} rounds; batches of 500; 16 lanes")
-    for workload in WORKLOADS:
-        if only and workload.name not in only:
-            continue
-        backlog = max(1000, int(changes * workload.share))
-        module = f"benchmarks.workloads.{workload.name}"
-        limits = {"WORKER_MAX_BACKLOG": str(backlog * 2), "WORKER_MAX_BACKLOG_BYTES": "4GiB"}
-        async with stack(module, ORDERS + TABLES, limits) as running:
-            redis: Any = Redis.from_url(running.redis_url)
-            try:
-                await _Case(running, redis, workload, backlog).measure(report, rounds)
-            finally:
-                await redis.aclose()
+    chosen = [one for one in WORKLOADS if only is None or one.name in only]
+    with_glue = only is None or "glue" in only
+    contenders = list[Contender]()
+    async with AsyncExitStack() as opened:
+        stacks = list[Stack]()
+        for workload in chosen:
+            case = await _opened(opened, workload, max(1000, int(changes * workload.share)))
+            await case.fill()
+            stacks.append(case.running)
+            contenders += case.contenders(floors={one.case for one in contenders})
+        if with_glue:
+            case = await _opened(opened, WORKLOADS[-1], 0)
+            stacks.append(case.running)
+            for one in GLUE:
+                contenders += _glue(report, case, one, changes)
+        # Nobody needs it any more, and while it looks at its slots it takes time from those who are measured.
+        for running in stacks:
+            await running.end(running.standin)
+        await interleave(report, contenders, rounds, "changes/s")
+        for running in stacks:
+            report.remember(running.memory)
+    report.notes.append(f"drain: backlog of {changes} changes, {rounds} rounds, batches of 500, 16 lanes")
+
+
+async def _opened(opened: AsyncExitStack, workload: Workload, changes: int) -> "_Case":
+    limits = {"WORKER_MAX_BACKLOG": str(changes * 2 + 1000), "WORKER_MAX_BACKLOG_BYTES": "4GiB"}
+    running = await opened.enter_async_context(
+        stack(f"benchmarks.workloads.{workload.name}", ORDERS + TABLES, limits)
+    )
+    redis = open_redis(running.redis_url)
+    opened.push_async_callback(redis.aclose)
+    return _Case(running, redis, workload, changes)
 
 
 class _Case:
-    """One kind of handler with its backlog."""
+    """Servers with the backlog of one kind of handler."""
 
-    def __init__(self, running: Stack, redis: Any, workload: Workload, backlog: int) -> None:  # noqa: ANN401 - redis-py types its commands for both of its clients
-        self._running = running
+    def __init__(self, running: Stack, redis: Any, workload: Workload, changes: int) -> None:  # noqa: ANN401 - redis-py types its commands for both of its clients
+        self.running = running
         self._redis = redis
         self._workload = workload
-        self._backlog = backlog
-        self._kept: dict[bytes, bytes] = {}
+        self._changes = changes
+        self._backlog = Backlog(running, redis, "derived_orders")
+        self._floor_kept: bytes | None = None
 
-    async def measure(self, report: Report, rounds: int) -> None:
-        """Fill once, then floor and workers in turn, so that a noisy minute hits all of them."""
-        await self._fill()
-        rates: dict[int, list[float]] = {workers: [] for workers in (0, *WORKERS)}
-        for number in range(rounds):
-            rates[0].append(await self._floor())
-            for workers in WORKERS:
-                rates[workers].append(await self._drain(workers))
-            shown = ", ".join(f"{rate[-1]:,.0f}" for rate in rates.values())
-            print(f"{self._workload.name}, round {number + 1} of {rounds}: floor, 1, 2 workers: {shown} /s")
-        title = self._workload.title
-        floor = report.add(f"floor for: {title}", "changes/s", rates[0])
+    async def fill(self) -> None:
+        await self._backlog.fill(self._changes)
+
+    def contenders(self, floors: set[str]) -> list[Contender]:
+        """Return our workers, and their floor, unless it is measured already."""
+        floor = f"drain: {_FLOORS[self._workload.floor]}"
+        made = [] if floor in floors else [Contender(floor, self._floor, seconds=_SECONDS)]
         for workers in WORKERS:
-            name = f"{title}, {workers} worker{'s' if workers > 1 else ''}"
-            report.add(name, "changes/s", rates[workers], floor=floor.value)
-
-    # The backlog
-
-    async def _fill(self) -> None:
-        """Let the listener write the backlog, and keep it aside."""
-        running = self._running
-        listener = await running.listener()
-        url = await listener.said(
-            lambda line: str(line["url"]) if line.get("message") == "health of the listener" else None
-        )
-        for start in range(0, self._backlog, _ROWS_AT_ONCE):
-            end = min(start + _ROWS_AT_ONCE, self._backlog) - 1
-            await running.db.execute(_INSERT, start, end)
-        async with asyncio.timeout(_FILL_SECONDS):
-            while await asyncio.to_thread(_queued, url, self._workload.name) < self._backlog:
-                if listener.ended:
-                    raise listener.explained()
-                await asyncio.sleep(0.2)
-        await listener.end()
-        generation = await running.db.fetchval("select generation from tailrace.source")
-        async for key in self._redis.scan_iter(f"{QUEUE}:{generation}:*", count=1000):
-            self._kept[key] = await self._redis.dump(key)
-        await running.db.execute("create table lanes_kept as table tailrace.lanes")
-
-    async def _reset(self) -> None:
-        await self._redis.flushall()
-        for statement in _RESET.split(";"):
-            await self._running.db.execute(statement)
-        await self._running.db.execute("checkpoint")
-
-    # Rounds
+            case = f"drain: {self._workload.title}, {_plural(workers)}"
+            made.append(Contender(case, lambda workers=workers: self._drain(workers), floor, _SECONDS))  # type: ignore[misc]
+        return made
 
     async def _drain(self, workers: int) -> float:
         """Start workers on empty lanes, let the backlog go, and wait for the end."""
-        await self._reset()
-        children = tuple([await self._running.worker(number + 1) for number in range(workers)])
+        await self._backlog.reset()
+        children = await self.running.workers(workers)
         try:
-            async with self._redis.pipeline(transaction=True) as pipe:
-                for key, value in self._kept.items():
-                    pipe.restore(key, 0, value)
-                await pipe.execute()
-            await self._running.until(_APPLIED, self._backlog, seconds=_DRAIN_SECONDS, children=children)
+            await self._backlog.restore()
+            await self.running.until(APPLIED, self._changes, seconds=_SECONDS, children=children)
         finally:
-            await asyncio.gather(*(child.end() for child in children))
-        return await self._rate()
+            await self.running.end(*children)
+        return await self._rate(self._changes)
 
     async def _floor(self) -> float:
-        await self._reset()
+        await self._backlog.reset()
         derive = self._workload.floor == "derive"
-        for start in range(0, self._backlog, _ROWS_AT_ONCE):
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for number in range(start, min(start + _ROWS_AT_ONCE, self._backlog)):
-                    pipe.xadd(STREAM, {"e": b"%d" % (number + 1) if derive else _payload(number)})
-                await pipe.execute()
-        urls = ("--database-url", self._running.database_url, "--redis-url", self._running.redis_url)
+        if self._floor_kept is None:
+            await self._fill_floor(derive=derive)
+            self._floor_kept = await self._redis.dump(STREAM)
+        else:
+            await self._redis.restore(STREAM, 0, self._floor_kept)
+        urls = ("--database-url", self.running.database_url, "--redis-url", self.running.redis_url)
         command = [*PYTHON, "benchmarks.floor", *urls, "--kind", self._workload.floor]
-        child: Child = await self._running.children.start("floor", command)
-        await child.succeed()
-        return await self._rate()
+        child: Child = await self.running.children.start("floor", command)
+        try:
+            await child.succeed()
+        finally:
+            await child.end()
+        return await self._rate(self._changes)
 
-    async def _rate(self) -> float:
+    async def _fill_floor(self, *, derive: bool) -> None:
+        for start in range(0, self._changes, _AT_ONCE):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for number in range(start, min(start + _AT_ONCE, self._changes)):
+                    content = b"%d" % (number + 1) if derive else orjson.dumps(payload(number))
+                    pipe.xadd(STREAM, {"e": content})
+                await pipe.execute()
+
+    async def run_jobs(self, glue: Glue, jobs: int, workers: int) -> float:
+        """Fill the queue of a job runner, start its workers, and wait for the end."""
+        running = self.running
+        await self._redis.flushall()
+        await running.db.execute("truncate derived_orders")
+        await running.db.execute("checkpoint")
+        settings = {"DATABASE_URL": running.database_url, "REDIS_URL": running.redis_url}
+        filling = await running.children.start(
+            f"{glue.module} filling", [*PYTHON, f"benchmarks.glue.{glue.module}", str(jobs)], settings
+        )
+        try:
+            await filling.succeed()
+        finally:
+            await filling.end()
+        children = [
+            await running.children.start(f"{glue.module} {number}", [*PYTHON, *glue.command], settings)
+            for number in range(workers)
+        ]
+        try:
+            await running.until(_DERIVED, jobs, seconds=_SECONDS, children=tuple(children))
+        finally:
+            await running.end(*children)
+        return await self._rate(jobs)
+
+    async def _rate(self, expected: int) -> float:
         """Read changes a second from the commit times.
 
         Raises:
             DemoError: not every change has its derived row.
         """
-        commits = await self._running.db.fetch(_COMMITS)
+        commits = await self.running.db.fetch(_COMMITS)
         rows = sum(count for _, count in commits)
-        if rows != self._backlog:
-            raise DemoError(f"{self._backlog} changes have {rows} derived rows")
+        if rows != expected:
+            raise DemoError(f"{expected} changes have {rows} derived rows")
+        if len(commits) < 2:
+            raise DemoError(f"{expected} changes were one transaction: too few to be measured")
         return float((rows - commits[0][1]) / (commits[-1][0] - commits[0][0]))
 
 
-def _queued(url: str, handler: str) -> int:
-    with urllib.request.urlopen(f"{url}/status", timeout=30) as answer:  # noqa: S310 - our own listener on loopback
-        return int(json.load(answer)["handlers"][handler]["queued"])
+def _glue(report: Report, case: _Case, glue: Glue, changes: int) -> list[Contender]:
+    if importlib.util.find_spec(glue.needs) is None:
+        report.skipped.append(f"{glue.title}: {glue.needs} is not installed")
+        return []
+    jobs = max(_LEAST, int(changes * glue.share))
+    return [
+        Contender(
+            f"drain: glue, {glue.title}, {_plural(workers)}",
+            lambda workers=workers: case.run_jobs(glue, jobs, workers),  # type: ignore[misc]
+            seconds=_SECONDS,
+        )
+        for workers in glue.workers
+    ]
 
 
-def _payload(number: int) -> bytes:
-    """Make a change as Realtime writes it, of the same row as the backlog's."""
-    types = {
-        "id": "int8",
-        "customer_id": "int8",
-        "status": "text",
-        "amount": "numeric",
-        "created_at": "timestamptz",
-        "updated_at": "timestamptz",
-    }
-    return orjson.dumps(
-        {
-            "schema": "public",
-            "table": "orders",
-            "type": "INSERT",
-            "commit_timestamp": "2026-01-02T03:04:05.678Z",
-            "columns": [{"name": name, "type": kind} for name, kind in types.items()],
-            "record": {
-                "id": number + 1,
-                "customer_id": 1 + number % 200,
-                "status": "new",
-                "amount": number % 50_000 / 100,
-                "created_at": "2026-01-02T03:04:05.678901+00:00",
-                "updated_at": None,
-            },
-            "errors": None,
-        }
-    )
+def _plural(workers: int) -> str:
+    return f"{workers} worker{'s' if workers > 1 else ''}"

@@ -1,6 +1,6 @@
 """The floor: the least that can be done for a backlog, written by hand, in a process of its own.
 
-One Redis stream, one SQL statement for 500 changes in one transaction, then XTRIM. No lanes, no positions, no
+One Redis stream, one SQL statement for 500 changes in one transaction, then XDEL. No lanes, no positions, no
 retries, no types: what it lacks is what the daemon's figures are to be compared with.
 """
 
@@ -32,8 +32,7 @@ async def drain(database_url: str, redis_url: str, kind: str) -> None:
                 await db.execute(_DERIVE, [int(payload) for payload in payloads])
             else:
                 await db.execute(_BATCH, *_columns(payloads))
-            milliseconds, _, number = entries[-1][0].decode().partition("-")
-            await redis.xtrim(STREAM, minid=f"{milliseconds}-{int(number) + 1}", approximate=False)
+            await redis.xdel(STREAM, *(id_ for id_, _ in entries))
     finally:
         await redis.aclose()
         await db.close()

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
@@ -52,19 +52,50 @@ class Stack:
     settings: dict[str, str]
     children: Children
     db: Connection
+    standin: Child
+    memory: dict[str, float] = field(default_factory=dict)
+    """The most memory that any listener and any worker has had, in MiB (`VmHWM`)."""
+    _ours: dict[Child, str] = field(default_factory=dict)
+    _started: int = 0
 
     async def listener(self) -> Child:
-        """Start the listener; returns when it is subscribed."""
-        child = await self.children.start("listener", [*PYTHON, "worker", "listen"], self.settings)
+        """Start the listener; returns when it reads."""
+        child = await self._start("listener", [*PYTHON, "worker", "listen"])
         await child.said(lambda line: line if line.get("message") == "subscribed" else None)
         return child
 
-    async def worker(self, number: int = 1) -> Child:
+    async def worker(self) -> Child:
         """Start a worker by the arq command; returns when it is ready to work."""
-        command = [*PYTHON, "arq", "worker.jobs.WorkerSettings"]
-        child = await self.children.start(f"worker {number}", command, self.settings)
+        child = await self._start("worker", [*PYTHON, "arq", "worker.jobs.WorkerSettings"])
         await child.said(lambda line: line if line.get("message") == "working" else None)
         return child
+
+    async def workers(self, count: int) -> tuple[Child, ...]:
+        """Start some workers at once."""
+        return tuple(await asyncio.gather(*(self.worker() for _ in range(count))))
+
+    async def _start(self, kind: str, command: list[str]) -> Child:
+        # Each has a log of its own: what one has said is no sign that the next is ready.
+        self._started += 1
+        child = await self.children.start(f"{kind} {self._started}", command, self.settings)
+        self._ours[child] = kind
+        return child
+
+    async def end(self, *children: Child) -> None:
+        """End some, and note the memory of those that are ours."""
+        for child in children:
+            kind = self._ours.pop(child, None)
+            if kind is not None and not child.ended:
+                self.memory[kind] = max(self.memory.get(kind, 0.0), high_water(child))
+        await asyncio.gather(*(child.end() for child in children))
+
+    async def end_all(self) -> None:
+        """End all of ours that still run."""
+        await self.end(*self._ours)
+
+    def setting(self, **settings: str) -> None:
+        """Change settings of what is started from now on."""
+        self.settings.update(settings)
 
     async def read_in_windows(self) -> None:
         """Have the log read as behind a pooler: the direct connection is one that may not replicate.
@@ -119,12 +150,14 @@ async def stack(
             await bootstrap_supabase(url)
             await execute(url, tables)
             db = await connect(url)
+            running: Stack | None = None
             try:
-                told = await _standin(children, url, poll_interval)
+                standin = await _standin(children, url, poll_interval)
+                told = await standin.said(lambda line: line if "realtime_url" in line else None)
                 chosen = _settings(told, url, redis.url) | {"HANDLERS": handlers} | dict(settings or {})
                 migration = await children.start("migration", [*PYTHON, "worker", "migrate"], chosen)
                 await migration.succeed()
-                yield Stack(
+                running = Stack(
                     folder=folder,
                     database_url=url,
                     redis_url=redis.url,
@@ -133,8 +166,12 @@ async def stack(
                     settings=chosen,
                     children=children,
                     db=db,
+                    standin=standin,
                 )
+                yield running
             finally:
+                if running is not None:
+                    await running.end_all()
                 await children.end()
                 await db.close()
         failed = False
@@ -143,10 +180,27 @@ async def stack(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _standin(children: Children, database_url: str, poll_interval: float) -> Mapping[str, Any]:
+async def _standin(children: Children, database_url: str, poll_interval: float) -> Child:
     command = [*PYTHON, "standin", "--database-url", database_url, "--poll-interval", str(poll_interval)]
-    child = await children.start("stand-in", command)
-    return await child.said(lambda line: line if "realtime_url" in line else None)
+    return await children.start("stand-in", command)
+
+
+def high_water(child: Child) -> float:
+    """Read the most memory that a process has had, in MiB."""
+    return _memory(child, "VmHWM:")
+
+
+def resident(child: Child) -> float:
+    """Read the memory that a process has now, in MiB."""
+    return _memory(child, "VmRSS:")
+
+
+def _memory(child: Child, name: str) -> float:
+    try:
+        lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), 0.0)
 
 
 def _settings(told: Mapping[str, Any], database_url: str, redis_url: str) -> dict[str, str]:

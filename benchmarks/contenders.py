@@ -1,0 +1,64 @@
+"""Rounds in which contenders take turns, so that a noisy minute hits all of them.
+
+It knows nothing of what is measured. A contender that fails is named in the report and is out; the others go
+on.
+"""
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.report import Report
+from examples.demo.processes import DemoError
+
+
+@dataclass
+class Contender:
+    """One case that is measured once in each round.
+
+    Attributes:
+        case: its name in the report.
+        measure: does one round, and returns its figure.
+        floor: case to which the report gives its ratio.
+        seconds: within which a round must end.
+        rounds: what the rounds have given.
+    """
+
+    case: str
+    measure: Callable[[], Awaitable[float]]
+    floor: str | None = None
+    seconds: float = 120.0
+    rounds: list[float] = field(default_factory=list)
+
+
+async def interleave(
+    report: Report, contenders: Sequence[Contender], rounds: int, unit: str, *, show: bool = True
+) -> None:
+    """Run all rounds, and add the figures to the report."""
+    standing = list(contenders)
+    for number in range(rounds):
+        for one in list(standing):
+            try:
+                async with asyncio.timeout(one.seconds):
+                    one.rounds.append(await one.measure())
+            except (DemoError, TimeoutError, OSError) as error:
+                report.fail(one.case, _explained(error, one.seconds))
+                standing.remove(one)
+                tell(f"{one.case}: failed: {error}")
+                continue
+            if show:
+                tell(f"round {number + 1} of {rounds}: {one.case}: {one.rounds[-1]:,.1f} {unit}")
+    for one in contenders:
+        if one.rounds:
+            floor = report.found(one.floor) if one.floor is not None else None
+            report.add(one.case, unit, one.rounds, floor=floor)
+
+
+def tell(text: str) -> None:
+    """Say how far the run is; the figures themselves go to standard output at its end."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _explained(error: BaseException, seconds: float) -> BaseException:
+    return DemoError(f"not done after {seconds:g} s") if isinstance(error, TimeoutError) else error
