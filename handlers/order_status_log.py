@@ -14,13 +14,13 @@ on = Handlers()
 
 @on.insert("public.orders")
 @on.update("public.orders", columns=["status"])
-async def order_status_log(change: Change, session: AsyncSession) -> None:
+async def order_status_log(change: Change[Order], session: AsyncSession) -> None:
     """Add the new status, and the one before it."""
-    order = change.as_(Order)
+    order, before = change.as_(), change.old_as()
     session.add(
         OrderStatusLog(
             order_id=order.id,
-            old_status=change.old_record["status"] if change.old_record else None,
+            old_status=before.status if before else None,
             new_status=order.status,
             changed_at=change.commit_timestamp,
         )

@@ -15,12 +15,11 @@ from typing import Any, Literal, TypeVar
 
 from sqlalchemy.sql import Select
 
-from worker.change import Change
 from worker.errors import FilterError, HandlerProblem
 from worker.filters import Filter
 from worker.letters import Hook
+from worker.signatures import Kind, read_signature
 
-Kind = Literal["derive", "change"]
 _Read = TypeVar("_Read")
 
 ROW_TYPES: frozenset[str] = frozenset({"INSERT", "UPDATE", "DELETE"})
@@ -80,6 +79,8 @@ class Handler:
     """Derive handlers, and change handlers with `batch=`: the first argument is a list."""
     hooks: tuple[Hook, ...] = ()
     """Called with each dead letter."""
+    model: type[Any] | None = None
+    """The class that the function has annotated, as in `Change[Order]`."""
 
     def __repr__(self) -> str:
         # Short, and without the claims.
@@ -270,8 +271,8 @@ def merge(declarations: Sequence[Declaration]) -> tuple[Handler | None, list[str
     name = options.pop("name") or default_name(function)
     subscriptions = tuple(found.subscription for found in declarations if found.subscription is not None)
     wants_list = kind == "derive" or options["batch"] is not None
-    wants_context, wrong = _signature(function, kind, wants_list=wants_list)
-    problems += wrong
+    signature = read_signature(function, kind, wants_list=wants_list)
+    problems += signature.problems
     problems += _stack_problems(declarations, subscriptions)
     problems += _option_problems(options)
     if problems:
@@ -280,7 +281,14 @@ def merge(declarations: Sequence[Declaration]) -> tuple[Handler | None, list[str
     options["all_keys"] = (lambda: all_keys) if isinstance(all_keys, Select) else all_keys
     options["claims"] = None if claims is None else MappingProxyType(dict(claims))
     return Handler(
-        name, kind, function, subscriptions, **options, wants_context=wants_context, wants_list=wants_list
+        name,
+        kind,
+        function,
+        subscriptions,
+        **options,
+        wants_context=signature.wants_context,
+        wants_list=wants_list,
+        model=signature.model,
     ), []
 
 
@@ -331,32 +339,3 @@ def _stack_problems(declarations: Sequence[Declaration], subscriptions: Sequence
         if len(different) > 1
     ]
     return problems
-
-
-def _signature(function: Callable[..., Any], kind: Kind, *, wants_list: bool) -> tuple[bool, list[str]]:
-    """Return whether the function takes a context, and what is wrong with its signature."""
-    first = "keys" if kind == "derive" else "changes" if wants_list else "change"
-    name = getattr(function, "__name__", "handler")
-    wanted = f"async def {name}({first}, session) or ({first}, session, context)"
-    if not inspect.iscoroutinefunction(function):
-        return False, [f"must be a coroutine function: {wanted}"]
-    try:
-        parameters = list(inspect.signature(function, eval_str=True).parameters.values())
-    except (NameError, TypeError, AttributeError, SyntaxError):
-        # Annotations under `if TYPE_CHECKING:` exist for type checkers alone.
-        parameters = list(inspect.signature(function).parameters.values())
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is p.empty]
-    others = [
-        p for p in parameters if p not in positional and (p.kind == p.VAR_POSITIONAL or p.default is p.empty)
-    ]
-    others = [p for p in others if p.kind != p.VAR_KEYWORD]
-    if others or not 2 <= len(required) <= 3:  # noqa: PLR2004 - the two parameters of every handler, and context
-        return False, [f"has a wrong signature, it must be: {wanted}"]
-    takes_one = required[0].annotation is Change
-    if takes_one and wants_list:
-        return False, ["batch= gives the function a list: annotate list[Change]"]
-    if kind == "change" and not wants_list and getattr(required[0].annotation, "__args__", None) == (Change,):
-        return False, ["is given one change at a time: annotate Change, or ask for lists with batch="]
-    wants_context = len(positional) > 2 and (len(required) > 2 or positional[2].name == "context")  # noqa: PLR2004 - as above
-    return wants_context, []

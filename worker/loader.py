@@ -10,7 +10,10 @@ import pkgutil
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
+
+from sqlalchemy import inspect
+from sqlalchemy.orm import Mapper
 
 from worker.catalogue import Catalogue, Table
 from worker.declarations import Handler, Subscription
@@ -157,6 +160,7 @@ def validate(
             found = _Judge(handler, subscription, table, delivery).problems()
             problems += [f"{handler.name}: {problem}" for problem in found]
         problems += [f"{handler.name}: {problem}" for problem in _unlike_keys(handler, catalogue)]
+        problems += [f"{handler.name}: {problem}" for problem in _unlike_model(handler, catalogue)]
     return list(dict.fromkeys(problems))
 
 
@@ -293,6 +297,26 @@ def _unlike_keys(handler: Handler, catalogue: Catalogue) -> list[str]:
         kinds = " and ".join(shapes.values()).replace("'", "").replace(",)", ")")
         return [f"its keys have different types: {kinds}; make the columns of one type, or two handlers"]
     return []
+
+
+def _unlike_model(handler: Handler, catalogue: Catalogue) -> list[str]:
+    """Refuse `Change[Order]` where the changes are of another table than the model's."""
+    if handler.model is None:
+        return []
+    mapper: Mapper[Any] = inspect(handler.model)
+    of = mapper.local_table
+    mapped, name = {column.name for column in of.c}, getattr(of, "name", None)
+    problems = []
+    for one in handler.subscriptions:
+        table = catalogue.tables.get((one.schema, one.table))
+        # A partition has another name and the same columns; a table that was altered, its name still.
+        absent = mapped - table.columns.keys() if table and one.table != name else None
+        if absent:
+            problems.append(
+                f"annotates Change[{handler.model.__name__}], but {one.qualified} has no {_listed(absent)};"
+                " annotate the model of that table, or plain Change"
+            )
+    return problems
 
 
 def _listed(columns: Iterable[str]) -> str:

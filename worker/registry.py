@@ -16,7 +16,6 @@ from worker.declarations import (
     ROW_TYPES,
     Declaration,
     Handler,
-    Kind,
     Subscription,
     declare,
     hook_problems,
@@ -24,6 +23,7 @@ from worker.declarations import (
 )
 from worker.errors import ConfigurationError
 from worker.letters import DeadLetter, Hook
+from worker.signatures import Kind
 
 __all__ = ["Handler", "Handlers", "Subscription"]
 

@@ -135,7 +135,12 @@ async def test_rows_behind_changes(module: types.ModuleType, shared: Servers) ->
         rows = [dict(row) for row in await made.db.fetch("select * from orders order by id")]
         changes = [
             Change(
-                position=Position(n, 0), schema="public", table="orders", type="INSERT", record=Record(row)
+                position=Position(n, 0),
+                schema="public",
+                table="orders",
+                type="INSERT",
+                record=Record(row),
+                model=handler.model,
             )
             for n, row in enumerate([*rows, rows[0] | {"id": 99}])
         ]

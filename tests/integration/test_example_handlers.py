@@ -107,7 +107,7 @@ async def test_the_keys_it_keeps_are_those_of_its_table(session: AsyncSession) -
     assert (await session.scalars(derive.all_keys())).all() == [5]
 
 
-def change(status: str, old_status: str | None = None) -> Change:
+def change(status: str, old_status: str | None = None) -> Change[Order]:
     row = {"id": 7, "customer_id": 1, "amount": Decimal(1), "created_at": None, "updated_at": None}
     return Change(
         position=Position(1, 0),
@@ -118,6 +118,7 @@ def change(status: str, old_status: str | None = None) -> Change:
         old_record=None if old_status is None else Record({**row, "status": old_status}),
         key=(7,),
         commit_timestamp=datetime(2026, 11, 20, 10, tzinfo=UTC),
+        model=Order,
     )
 
 

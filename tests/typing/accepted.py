@@ -81,6 +81,25 @@ async def rows_have_the_type_of_their_model(change: Change) -> None:
     assert_type(await change.related(Order.customers), list[Customer] | None)
 
 
+@on.update("public.orders", columns=["status"], name="typed")
+async def with_typed_rows(change: Change[Order], session: AsyncSession) -> None:
+    assert_type(change.as_(), Order)
+    assert_type(change.old_as(), Order | None)
+    assert_type(await change.row(), Order | None)
+    assert_type(change.as_(Customer), Customer)
+    await rows_have_the_type_of_their_model(change)
+    await takes_any(change)
+
+
+@on.change("public.orders", batch=10, name="many typed")
+async def with_many_typed_rows(changes: list[Change[Order]], session: AsyncSession) -> None:
+    for change in changes:
+        assert_type(change.as_(), Order)
+
+
+async def takes_any(change: Change) -> None: ...
+
+
 async def decorators_keep_the_type_of_the_function(session: AsyncSession, change: Change) -> None:
     assert_type(await totals([1, 2], session), None)
     assert_type(await log_status(change, session), None)

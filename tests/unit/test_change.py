@@ -274,3 +274,18 @@ def test_a_position_is_read_back_from_its_text_floors_too(position: Position) ->
 def test_what_is_no_position_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         Position.parse(text)
+
+
+def test_rows_of_the_model_that_the_handler_has_annotated() -> None:
+    one = change(record=Record(ROW), old_record=Record(ROW | {"id": 4}), model=Order)
+    assert isinstance(one.as_(), Order)
+    assert one.as_().id == ROW["id"]
+    assert one.old_as().id == 4
+    assert change(type="INSERT", record=Record(ROW), model=Order).old_as() is None
+
+
+def test_without_a_model_rows_have_to_be_told_theirs() -> None:
+    with pytest.raises(ValueError, match=r"annotate the handler's parameter with it, as in Change\[Order\]"):
+        change(record=Record(ROW)).as_()
+    with pytest.raises(ValueError, match=r"as in as_\(Order\)"):
+        change(record=Record(ROW)).old_as()

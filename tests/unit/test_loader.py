@@ -1,5 +1,6 @@
 """Loading modules of handlers, and judging handlers against a catalogue."""
 
+import dataclasses
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from worker.catalogue import Catalogue, ColumnInfo, Identity, Table
 from worker.change import Change
@@ -387,6 +389,33 @@ def test_one_derived_key_has_one_type() -> None:
     (problem,) = judged(stacked, table(), table("refunds", customer="text"))
     assert problem.startswith("its keys have different types: public.orders (int8) and public.refunds (text)")
     assert judged(stacked, table(), table("refunds", customer="int4")) == []
+
+
+def test_rows_are_of_the_annotated_model() -> None:
+    class Base(DeclarativeBase): ...
+
+    class Order(Base):
+        __tablename__ = "orders"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        amount: Mapped[int]
+
+    async def typed(change: Any, session: AsyncSession) -> None: ...
+
+    typed.__annotations__["change"] = Change[Order]
+
+    def judged_typed(name: str, found: Table) -> list[str]:
+        on = Handlers()
+        on.insert(name, name="typed")(typed)
+        return validate(on.handlers(), catalogue(found), "proven")
+
+    alike = dataclasses.replace(table(), name="orders_2026")
+    fewer = {name: one for name, one in table().columns.items() if name != "amount"}
+    other = dataclasses.replace(table(), name="other", columns=fewer)
+    assert judged_typed("orders", table()) == []
+    assert judged_typed("orders_2026", alike) == []
+    assert judged_typed("orders", dataclasses.replace(table(), columns=fewer)) == []
+    (problem,) = judged_typed("other", other)
+    assert problem.startswith("typed: annotates Change[Order], but public.other has no amount; annotate")
 
 
 def test_all_problems_of_all_handlers_at_once() -> None:

@@ -1,12 +1,13 @@
 """Declaring handlers: what the decorators make of a function, and every way to get them wrong."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from sqlalchemy import column, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from worker.change import Change, Context
 from worker.errors import ConfigurationError
@@ -341,3 +342,60 @@ def test_the_decorator_without_its_table() -> None:
     decorate: Any = on.insert
     decorate(change_handler)(change_handler)
     assert 'the first argument must name a table, as in @on.change("public.orders")' in problems(on)[0]
+
+
+class Base(DeclarativeBase): ...
+
+
+class Order(Base):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+async def typed(change: Change[Order], session: AsyncSession) -> None: ...
+async def typed_list(changes: list[Change[Order]], session: AsyncSession) -> None: ...
+async def typed_sequence(changes: Sequence[Change[Order]], session: AsyncSession) -> None: ...
+async def of_anything(change: Change[Any], session: AsyncSession) -> None: ...
+async def in_words(change: "Change[Order]", session: AsyncSession) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "model"),
+    [
+        (typed, {}, Order),
+        (in_words, {}, Order),
+        (typed_list, {"batch": 5}, Order),
+        (typed_sequence, {"batch": 5}, Order),
+        (of_anything, {}, None),
+        (change_handler, {}, None),
+    ],
+)
+def test_the_model_of_the_rows_is_annotated(
+    function: Any, options: dict[str, Any], model: type[Any] | None
+) -> None:
+    on = Handlers()
+    on.update("orders", **options)(function)
+    assert on.handlers()[0].model is model
+
+
+def unmapped(name: str) -> Any:
+    async def function(change: Any, session: AsyncSession) -> None: ...
+
+    function.__annotations__["change"] = name
+    return function
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "said"),
+    [
+        (typed, {"batch": 5}, "batch= gives the function a list"),
+        (typed_list, {}, "is given one change at a time"),
+        (unmapped("Change[int]"), {}, "annotates Change[int], which is no class mapped by SQLAlchemy"),
+        (unmapped("Change[OnlyForCheckers]"), {}, "import the model outside of `if TYPE_CHECKING:`"),
+    ],
+)
+def test_models_that_cannot_be(function: Any, options: dict[str, Any], said: str) -> None:
+    on = Handlers()
+    on.update("orders", **options)(function)
+    (problem,) = problems(on)
+    assert said in problem

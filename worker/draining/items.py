@@ -106,8 +106,13 @@ class Decoder:
         for name, entries in by_table.items():
             tables = await self._tables(session, name, entries)
             for change in await build_changes(session, tables, entries):
-                built[change.position] = change
+                built[change.position] = self._modelled(change)
         return built
+
+    def _modelled(self, change: Change) -> Change:
+        """Tell a change of which model the handler wants its row."""
+        model = self._handler.model
+        return change if model is None else msgspec.structs.replace(change, model=model)
 
     async def held(self, session: AsyncSession, row: HeldRow) -> Item:
         """Decode a held change for its next attempt."""
