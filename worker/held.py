@@ -43,6 +43,8 @@ class HeldRow(NamedTuple):
     attempts: int
     redriven: bool = False
     """A person has asked for it to be tried again."""
+    history: str = ""
+    """To which its position belongs."""
 
 
 class Blocked:
@@ -64,7 +66,8 @@ class Blocked:
 
 # Only rows that nothing of their keys stands before: with several keys, one may be first and another not yet.
 _DUE = text(
-    "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts, redriven from tailrace.held h"
+    "select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts, redriven,"
+    " history from tailrace.held h"
     " where handler = :handler and lanes[1] = :lane and status = 'retrying'"
     " and next_attempt_at <= clock_timestamp() and id <> all (cast(:seen as bigint[]))"
     " and not exists (select from tailrace.held e where e.handler = h.handler and e.waits"
@@ -140,10 +143,10 @@ async def due(session: AsyncSession, lane: Lane, seen: Sequence[int]) -> list[He
 
 
 def from_row(row: Sequence[Any]) -> HeldRow:
-    """Make it of id, lanes, keys, lsn, ordinal, source, payload, changes, attempts and redriven."""
+    """Make it of id, lanes, keys, lsn, ordinal, source, payload, changes, attempts, redriven and history."""
     keys = tuple(key.encode() for key in row[2])
     kept = Kept(tuple(row[1]), keys, Position(row[3], row[4]), row[5], row[6] or b"", row[7])
-    return HeldRow(row[0], kept, row[8], row[9])
+    return HeldRow(row[0], kept, row[8], row[9], row[10])
 
 
 async def held_keys(session: AsyncSession, handler: str, keys: Sequence[bytes]) -> Blocked:

@@ -35,7 +35,8 @@ _INSERT_KEYS = text(
 )
 _FIRST = text(
     "select first.* from unnest(cast(:lanes as integer[])) l, lateral ("
-    "  select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts, redriven from tailrace.held"
+    "  select id, lanes, keys, lsn, ordinal, source, payload, changes, attempts, redriven,"
+    "   history from tailrace.held"
     "  where handler = :handler and lanes[1] = l and status = 'parked' order by id limit :most) first"
     " order by id limit :most"
 )

@@ -79,6 +79,8 @@ comment on column tailrace.lanes.holding is
 comment on column tailrace.lanes.parked is
   'rows of tailrace.held with status parked that this lane is to apply';
 
+create function tailrace.present_history() returns text language sql stable
+  as 'select history from tailrace.source';
 create table tailrace.held (
   id              bigint generated always as identity primary key,
   handler         text not null references tailrace.handlers (name) on delete cascade,
@@ -86,6 +88,7 @@ create table tailrace.held (
   keys            text[] not null,
   lsn             bigint not null,
   ordinal         bigint not null,
+  history         text not null default tailrace.present_history(),
   status          text not null default 'retrying' check (status in ('retrying', 'parked', 'paused', 'dead')),
   source          text not null,
   payload         bytea,
@@ -108,6 +111,8 @@ create table tailrace.held (
   last_failed_at  timestamptz
 );
 comment on table tailrace.held is 'changes that wait: for a retry of their own, or behind one of their key';
+comment on column tailrace.held.history is
+  'the history to which its position belongs: the same position is another change in another one';
 comment on column tailrace.held.halts is 'a dead letter that holds back its keys until a person has decided';
 comment on column tailrace.held.waits is 'later changes of its keys wait behind it';
 comment on column tailrace.held.told_at is 'when the hooks for dead letters had been called';
@@ -236,3 +241,4 @@ def downgrade() -> None:
         "drop table tailrace.canary, tailrace.backfills, tailrace.gaps, tailrace.audit, tailrace.held,"
         " tailrace.lanes, tailrace.handlers, tailrace.source"
     )
+    op.execute("drop function tailrace.present_history")

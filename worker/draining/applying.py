@@ -212,11 +212,13 @@ class Applying:
     def changes_call(self, turn: Turn) -> Call[Item]:
         """Make what calls a change handler."""
 
-        def name(change: Change) -> str:
-            # Positions alone repeat after a restore.
-            return f"{turn.source.history}:{self.handler.name}:{change.position}"
-
         async def call(items: Sequence[Item]) -> None:
+            # Positions alone repeat after a restore; and what had failed before it is still the same change.
+            histories = {item.change.position: item.history or turn.source.history for item in items}
+
+            def name(change: Change) -> str:
+                return f"{histories[change.position]}:{self.handler.name}:{change.position}"
+
             await self._caller.changes(turn.session, [item.change for item in items], name)
 
         return call

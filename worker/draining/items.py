@@ -39,6 +39,8 @@ class Item(NamedTuple):
 
     read: Read
     change: Change
+    history: str | None = None
+    """To which the position belongs; None for the present one."""
 
 
 class Decoder:
@@ -142,7 +144,7 @@ class Decoder:
 def _item(row: HeldRow, change: Change) -> Item:
     if row.redriven:
         change = msgspec.structs.replace(change, source="redrive")
-    return Item(Read(row.kept.position, None), change)  # type: ignore[arg-type] # held changes have left their lane
+    return Item(Read(row.kept.position, None), change, row.history)  # type: ignore[arg-type] # held changes have left their lane
 
 
 def _decode(source: str, payload: bytes) -> RawChange:

@@ -82,6 +82,11 @@ class Bench:
             self.catalogue = await read_catalogue(connection, "supabase_realtime", names)
         self.watch = SchemaWatch(self.engine, self.catalogue, "supabase_realtime", names)
         assert await lease.take(self.engine, self.token, "bench")
+        self.router = Router(self.handlers, self.catalogue, self.lane_count)
+        await self.begin()
+
+    async def begin(self) -> None:
+        """Begin a generation."""
         clock = Clock(Position(1, 0))
         present = clock.next()
         self.writer = LaneWriter(self.lanes, lease.new_name(), self.token, present)
@@ -97,11 +102,10 @@ class Bench:
             writer=self.writer,
             token=self.token,
             clock=clock,
-            tables=sorted(names),
+            tables=sorted(self.router.tables),
             lane_count=self.lane_count,
             enqueue=self.enqueue,
         )
-        self.router = Router(self.handlers, self.catalogue, self.lane_count)
 
     async def enqueue(self, lane: Lane) -> None:
         self.enqueued.append(lane)
