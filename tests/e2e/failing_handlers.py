@@ -1,5 +1,6 @@
 """Handlers for tests of failures: what they do with an order stands in its status."""
 
+import asyncio
 import os
 
 from sqlalchemy import text
@@ -24,6 +25,7 @@ create table derived_mended (since timestamptz default now());
 """
 
 on = Handlers()
+SLOW_SECONDS = 2.0
 
 
 @on.change("public.orders", name="log", lane_key="customer_id")
@@ -39,6 +41,8 @@ async def log(change: Change, session: AsyncSession) -> None:
     )
     if row["status"] == "crash":
         os._exit(139)
+    if row["status"] == "slow":
+        await asyncio.sleep(SLOW_SECONDS)
     if row["status"] == "poison":
         mended = await session.execute(text("select 1 from derived_mended"))
         if mended.first() is None:

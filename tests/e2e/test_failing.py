@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 from collections import defaultdict
 from collections.abc import AsyncIterator
 
@@ -102,3 +103,31 @@ async def test_what_fails_keeps_its_order_while_workers_are_killed(shop: Project
     await shop.until("select count(*) from tailrace.held where status = 'dead'", statuses.count("poison"), 60)
     await shop.until("select count(*) from derived_log", statuses.count("new"), 60)
     assert await applied(shop) == good
+
+
+@pytest.mark.slow
+async def test_a_worker_frozen_in_its_transaction_loses_its_lane_and_commits_nothing(shop: Project) -> None:
+    await ready(shop)
+    frozen = await shop.worker(WORKER_HANDLER_TIMEOUT="3")
+    good = await write(shop, ["slow", "new", "new"], customers=1)
+    # Between the handler's statement and its end.
+    await shop.until(
+        "select count(*) from pg_stat_activity"
+        " where state = 'idle in transaction' and query like 'insert into derived_log%'",
+        1,
+    )
+    frozen.process.send_signal(signal.SIGSTOP)
+    try:
+        second = await shop.worker(WORKER_HANDLER_TIMEOUT="3")
+        await shop.until("select count(*) from derived_log", 3)
+    finally:
+        frozen.process.send_signal(signal.SIGCONT)
+    await second.kill()
+    # It alone can apply these, and not before its old pass over their lane has ended.
+    good[0] += (await write(shop, ["new"] * 20, customers=1, first=4))[0]
+    await shop.until("select count(*) from derived_log", 23)
+    assert await applied(shop) == {0: [1, *good[0]]}
+    counted = await shop.db.fetchrow("select sum(read)::int, sum(applied)::int from tailrace.lanes")
+    assert tuple(counted) == (23, 23)
+    assert await shop.db.fetchval("select count(*) from tailrace.held") == 0
+    assert frozen.process.returncode is None
