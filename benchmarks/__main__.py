@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import big, drain, goals, latency
+from benchmarks import big, catch_up, drain, end_to_end, goals, latency
 from benchmarks.report import Report, machine
 from examples.demo.processes import DemoError
 
@@ -45,6 +45,17 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="only this work",
     )
+    fourth = names.add_parser("catch-up", help=catch_up.TITLE, description=catch_up.TITLE)
+    fourth.add_argument("--changes", type=_whole, default=200_000, help="missed in a round (%(default)s)")
+    fourth.add_argument("--rows", type=_whole, default=100, help="of each commit (%(default)s)")
+    fourth.add_argument("--transport", choices=catch_up.TRANSPORTS, action="append", help="only this")
+    fifth = names.add_parser("end-to-end", help=end_to_end.TITLE, description=end_to_end.TITLE)
+    fifth.add_argument("--seconds", type=_positive, default=60.0, help="of the run (%(default)s)")
+    fifth.add_argument(
+        "--only", choices=sorted({one.kind for one in end_to_end.CASES}), action="append", help="only this"
+    )
+    for one in (fourth, fifth):
+        one.add_argument("--workers", type=_whole, default=1, help="worker processes (%(default)s)")
     third = names.add_parser("big", help=big.TITLE, description=big.TITLE)
     third.add_argument("--rows", type=_whole, default=1_000_000, help="of the transaction (%(default)s)")
     third.add_argument("--transport", choices=["stream", "windows"], default="stream", help="(%(default)s)")
@@ -57,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="setting of the daemon",
     )
     third.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    for one in (first, second):
+    for one in (first, second, fourth, fifth):
         one.add_argument("--rounds", type=_whole, default=5, help="of which the median counts (%(default)s)")
         one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return made
@@ -104,6 +115,23 @@ async def _run(options: argparse.Namespace, report: Report) -> None:
         )
     elif options.name == "big":
         await big.measure(report, rows=options.rows, transport=options.transport, settings=dict(options.set))
+    elif options.name == "catch-up":
+        await catch_up.measure(
+            report,
+            changes=options.changes,
+            rounds=options.rounds,
+            rows=options.rows,
+            workers=options.workers,
+            transports=options.transport or list(catch_up.TRANSPORTS),
+        )
+    elif options.name == "end-to-end":
+        await end_to_end.measure(
+            report,
+            seconds=options.seconds,
+            rounds=options.rounds,
+            workers=options.workers,
+            only=options.only,
+        )
     else:
         await drain.measure(report, changes=options.changes, rounds=options.rounds, only=options.only)
 

@@ -8,9 +8,16 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
+
+from redis.exceptions import RedisError
 
 from benchmarks.report import Report
+from examples.demo.database import GONE
 from examples.demo.processes import DemoError
+
+FAILURES: Final = (DemoError, TimeoutError, RedisError, *GONE)
+"""What a case may raise that ends it, but not the run."""
 
 
 @dataclass
@@ -42,7 +49,7 @@ async def interleave(
             try:
                 async with asyncio.timeout(one.seconds):
                     one.rounds.append(await one.measure())
-            except (DemoError, TimeoutError, OSError) as error:
+            except FAILURES as error:
                 report.fail(one.case, _explained(error, one.seconds))
                 standing.remove(one)
                 tell(f"{one.case}: failed: {error}")

@@ -200,7 +200,7 @@ class _Case:
         else:
             await self._redis.restore(STREAM, 0, self._floor_kept)
         urls = ("--database-url", self.running.database_url, "--redis-url", self.running.redis_url)
-        command = [*PYTHON, "benchmarks.floor", *urls, "--kind", self._workload.floor]
+        command = [*PYTHON, "benchmarks.floor", "drain", *urls, "--kind", self._workload.floor]
         child: Child = await self.running.children.start("floor", command)
         try:
             await child.succeed()
