@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import big, catch_up, drain, end_to_end, goals, latency
+from benchmarks import big, catch_up, drain, end_to_end, goals, idle, latency
 from benchmarks.report import Report, machine
 from examples.demo.processes import DemoError
 
@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     )
     for one in (fourth, fifth):
         one.add_argument("--workers", type=_whole, default=1, help="worker processes (%(default)s)")
+    sixth = names.add_parser("idle", help=idle.TITLE, description=idle.TITLE)
+    sixth.add_argument("--seconds", type=_positive, default=60.0, help="of all rounds together (%(default)s)")
     third = names.add_parser("big", help=big.TITLE, description=big.TITLE)
     third.add_argument("--rows", type=_whole, default=1_000_000, help="of the transaction (%(default)s)")
     third.add_argument("--transport", choices=["stream", "windows"], default="stream", help="(%(default)s)")
@@ -68,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         help="setting of the daemon",
     )
     third.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    for one in (first, second, fourth, fifth):
+    for one in (first, second, fourth, fifth, sixth):
         one.add_argument("--rounds", type=_whole, default=5, help="of which the median counts (%(default)s)")
         one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return made
@@ -132,6 +134,8 @@ async def _run(options: argparse.Namespace, report: Report) -> None:
             workers=options.workers,
             only=options.only,
         )
+    elif options.name == "idle":
+        await idle.measure(report, seconds=options.seconds, rounds=options.rounds)
     else:
         await drain.measure(report, changes=options.changes, rounds=options.rounds, only=options.only)
 

@@ -20,6 +20,7 @@ from examples.demo.processes import DemoError
 TITLE = "changes a second from commits to derived rows, writer and servers on the same machine"
 FLOOR: Final = "end-to-end: floor"
 _SETTLE_SECONDS = 60.0
+_WARM_UP_SECONDS = 5.0
 _LOOK_SECONDS = 0.1
 
 
@@ -102,6 +103,11 @@ async def _run(made: Pipeline, case: Case, seconds: float, rounds: int) -> tuple
     writer = _Writer(made, case, await made.progress())
     writing = asyncio.create_task(writer.write(), name="end-to-end: writer")
     try:
+        # A reader that found nothing for a while looks at longer intervals: let it see that there is work.
+        warm = time.monotonic() + min(_WARM_UP_SECONDS, seconds / 2)
+        while time.monotonic() < warm:
+            await asyncio.sleep(_LOOK_SECONDS)
+            writer.derived = await made.progress()
         looks = [(time.monotonic(), writer.derived)]
         for _ in range(rounds):
             until = looks[-1][0] + seconds / rounds
