@@ -103,7 +103,8 @@ async def _processes(made: Project, outcome: Outcome) -> AsyncIterator[tuple[Kep
         finally:
             codes = [await one.stop() for one in everybody]
             outcome.died += [line for one in everybody for line in one.died]
-    assert codes == [0] * len(everybody), f"exit codes at the end: {codes}"
+    said = [one.current.lines[-5:] for one, code in zip(everybody, codes, strict=True) if code != 0]
+    assert codes == [0] * len(everybody), f"exit codes at the end: {codes}, {said}"
 
 
 async def _break(made: Project, writers: list[Writer], hands: Hands, planned: list[Planned]) -> None:
