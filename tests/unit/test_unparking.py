@@ -38,6 +38,12 @@ def test_without_all_its_lanes_a_row_stays_and_so_does_what_follows_it() -> None
     assert ids(choose(rows, {0, 1}, NOTHING)) == {"free": [1, 2, 3, 4]}
 
 
+def test_without_all_its_lanes_a_row_does_not_even_go_to_wait() -> None:
+    rows = [row(5, "ab", (0, 1)), row(6, "a")]
+    assert ids(choose(rows, {0}, Before({b"b": 2}, {}))) == {"later": [5, 6]}
+    assert ids(choose(rows, {0, 1}, Before({b"b": 2}, {}))) == {"behind": [5, 6]}
+
+
 def test_behind_a_parked_row_of_a_lane_that_is_not_here_a_row_stays() -> None:
     assert ids(choose([row(5, "a"), row(6, "b")], {0}, Before({}, {b"a": 3}))) == {"free": [6], "later": [5]}
 
@@ -70,6 +76,7 @@ def test_no_row_is_applied_before_an_earlier_one_of_its_key(seed: int) -> None:
     choice = choose(rows, locked, Before(first[True], first[False]))
     applied = {one.id for one in choice.free}
     assert sorted(one.id for one in choice.free + choice.later + choice.behind) == [one.id for one in rows]
+    assert all(locked.issuperset(one.kept.lanes) for one in choice.behind)
     for one in every:
         if one.id not in applied:
             continue

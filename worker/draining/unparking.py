@@ -59,14 +59,15 @@ def choose(
         if not keys:
             choice.alone.append(row)
             wall = wall or Wall(row.id, waits_long=False)
+        elif not set(row.kept.lanes).issubset(lanes):
+            # Nor may it go to wait: what it would wait behind may be another lane's, which is just letting it
+            # go, and has already looked for what waits.
+            choice.later.append(row)
+            _first(later_from, row)
         elif (wall is not None and wall.id < row.id and wall.waits_long) or _among(held_from, row):
             choice.behind.append(row)
             _first(held_from, row)
-        elif (
-            (wall is not None and wall.id < row.id)
-            or _among(later_from, row)
-            or not set(row.kept.lanes).issubset(lanes)
-        ):
+        elif (wall is not None and wall.id < row.id) or _among(later_from, row):
             choice.later.append(row)
             _first(later_from, row)
         else:

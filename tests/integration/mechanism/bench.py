@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn
 
@@ -246,6 +246,23 @@ class Bench:
         finally:
             event.remove(sync, "before_cursor_execute", before)
             event.remove(sync, "commit", strike)
+
+    @contextmanager
+    def before_commit(self, what: Callable[[], Awaitable[Any]]) -> Iterator[None]:
+        """Have something done when the next transaction has done all but commit."""
+        sync = self.engine.sync_engine
+        left = [what]
+
+        def strike(_: Connection) -> None:
+            if left:
+                await_only(left.pop()())
+
+        event.listen(sync, "commit", strike)
+        try:
+            yield
+        finally:
+            event.remove(sync, "commit", strike)
+        assert not left
 
     async def _terminate(self, pid: int) -> None:
         await self.db.fetchval("select pg_terminate_backend($1, 5000)", pid)

@@ -220,6 +220,38 @@ async def test_a_failing_key_of_a_derive_handler_among_the_parked(at: Bench, sho
     await until_empty(at, drain)
 
 
+async def test_what_goes_to_wait_behind_a_change_that_is_just_being_applied_is_not_forgotten(
+    at: Bench, shop: Shop
+) -> None:
+    await at.load(shop.on)
+    ours, theirs = at.groups("one")[:2]
+    another = next(n for n in range(ours + 1, 1000) if at.lane_of("one", item(0, n)).number == 0)
+    drain, other = at.drain("one"), at.drain("one")
+    shop.bad = {"for long", "before"}
+    at.take("items", item(0, another, "for long"))
+    at.take("items", item(1, theirs, "before"))
+    await at.journal.flush()
+    for number in range(2):
+        await drain.run(Lane("one", number))
+    await pause(at, "one")
+    await at.put("items", item(2, theirs, "moves"), item(2, ours))
+    while await parked(at, "one") != (1, 1):
+        for number in range(2):
+            await drain.run(Lane("one", number))
+    await pause(at, "one", paused=False)
+    shop.bad = {"for long"}
+    await at.make_due()
+    # The one before is applied and what waits for it has been looked for, but not committed, when the other
+    # lane, in which the change of both stands, looks for what it has to wait for.
+    with at.before_commit(lambda: drain.run(Lane("one", 0))):
+        assert (await other.run(Lane("one", 1))).applied == 1
+    for number in (0, 1, 0):
+        await drain.run(Lane("one", number))
+    assert await at.log("note") == ["before", "moves"]
+    shop.bad = set()
+    await until_empty(at, drain)
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_random_pauses_failures_moves_and_kills(at: Bench, shop: Shop, seed: int) -> None:
     """Every change once, in the order of each key, whatever is parked, failing, moved or killed meanwhile."""
