@@ -9,20 +9,27 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
 import structlog
 from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import await_only
 
 from migrations import HEAD
 from worker.connecting import connection_of
+from worker.pooling import Pooling, pooling_of
 
 log = structlog.get_logger(__name__)
+
+PING_AFTER_SECONDS = 10.0
+"""A connection that has rested so long is asked whether it lives; before each use it would cost too much."""
 
 _LOST_SQLSTATES = ("08", "57P", "53300", "58030", "25006", "25P03", "25P04")
 
@@ -49,7 +56,58 @@ def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
         hide_parameters=True,  # row values must not reach a log by way of an error message
     )
     event.listen(engine.sync_engine, "connect", _keep_alive)
+    _suit_the_pooler(engine)
+    _ping_the_rested(engine)
     return engine
+
+
+def _suit_the_pooler(engine: AsyncEngine) -> None:
+    """Before the first connection find out what stands between, where the URL does not tell; then suit it."""
+    known: list[Pooling] = []
+    looking = asyncio.Lock()
+
+    async def look(connect: Callable[[], Awaitable[asyncpg.Connection]]) -> Pooling:
+        async with looking:
+            if not known:
+                known.append(await pooling_of(connect))
+        return known[0]
+
+    def suit(_dialect: object, _record: object, positional: list[Any], named: dict[str, Any]) -> None:
+        if named.get("statement_cache_size") == 0:
+            return  # the URL has told
+
+        async def connect() -> asyncpg.Connection:
+            own = {name: value for name, value in named.items() if not name.startswith("prepared_statement")}
+            return await asyncpg.connect(*positional, **own | {"statement_cache_size": 0})
+
+        pooling = await_only(look(connect))
+        if pooling is Pooling.TRANSACTION:
+            named |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+        elif pooling is Pooling.NONE:
+            # Most statements are short: to compile them takes longer than to run them. A pooler may refuse the
+            # parameter, or hand the setting on to somebody else.
+            named["server_settings"] = {"jit": "off"} | named["server_settings"]
+
+    event.listen(engine.sync_engine, "do_connect", suit)
+
+
+def _ping_the_rested(engine: AsyncEngine) -> None:
+    """Replace connections that have died while nobody used them, before anybody is given one."""
+
+    def rests(_connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
+        record.info["rests_since"] = time.monotonic()
+
+    def wakes(connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: object) -> None:
+        since = record.info.get("rests_since")
+        if since is None or time.monotonic() - since < PING_AFTER_SECONDS:
+            return
+        try:
+            engine.sync_engine.dialect.do_ping(connection)
+        except engine.sync_engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError from error  # the pool opens another one
+
+    event.listen(engine.sync_engine, "checkin", rests)
+    event.listen(engine.sync_engine, "checkout", wakes)
 
 
 def _keep_alive(connection: Any, _record: object) -> None:  # noqa: ANN401 - SQLAlchemy's face of asyncpg

@@ -1,6 +1,5 @@
 """Proven delivery where nothing but a transaction-mode pooler can be reached: the log is read in windows."""
 
-import random
 import shutil
 from collections.abc import AsyncIterator
 
@@ -11,7 +10,6 @@ from tests.e2e.shop import DIFFERENCES
 from tests.e2e.writing import Writer, logged
 from tests.integration.wal.pooler import pooled
 from tests.stack import Project, Servers, project
-from worker.connecting import TRANSACTION_POOLER_PORT
 
 SLOT = "behind_a_pooler"
 
@@ -22,10 +20,7 @@ async def shop(shared: Servers) -> AsyncIterator[Project]:
         pytest.skip("pgbouncer is not installed")
     settings = {"WORKER_DELIVERY": "proven", "WORKER_SLOT": SLOT}
     async with project(shared, handlers.TABLES, "tests.e2e.shop", **settings) as made:
-        # Such a pooler is recognised by its port: what is free is chosen among the addresses of loopback.
-        chance = random.SystemRandom()
-        address = f"127.{chance.randrange(1, 255)}.{chance.randrange(256)}.{chance.randrange(1, 255)}"
-        async with pooled(made.database_url, address=address, port=TRANSACTION_POOLER_PORT, size=20) as url:
+        async with pooled(made.database_url, size=20) as url:
             made.environment["DATABASE_URL"] = url
             yield made
             for process in made.processes:

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime as dt
+import shutil
 import socket
 import ssl
 import struct
@@ -10,15 +11,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import asyncpg
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
 
+from tests.integration.wal.pooler import pooled
 from tests.stack import Servers
 from worker.database import explain, make_engine
 from worker.errors import ConfigurationError
+from worker.pooling import Pooling, pooling_of
 
 PASSWORD = "hunter2"
 
@@ -186,3 +192,52 @@ async def test_a_pool_that_is_used_up_is_explained_and_connections_are_kept_aliv
     assert (
         explain(used_up.value) == "all connections of this process are in use, and none became free in time"
     )
+
+
+async def test_a_direct_connection_compiles_nothing_unless_its_url_wants_it(shared: Servers) -> None:
+    for query, jit in (("", "off"), ("?options=-c%20jit%3Don", "on")):
+        engine = make_engine(shared.postgres.dsn() + query, name="test")
+        async with engine.connect() as connection:
+            assert (await connection.execute(text("show jit"))).scalar_one() == jit
+        await engine.dispose()
+
+
+async def test_a_connection_that_died_at_rest_is_replaced(
+    shared: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.database.PING_AFTER_SECONDS", 0.0)
+    own = text("select pg_backend_pid()")
+    engine, other = (make_engine(shared.postgres.dsn(), name="test") for _ in range(2))
+    async with engine.connect() as connection:
+        before = (await connection.execute(own)).scalar_one()
+    async with other.connect() as connection:
+        await connection.execute(text("select pg_terminate_backend(:pid, 10000)"), {"pid": before})
+    async with engine.connect() as connection:
+        assert (await connection.execute(own)).scalar_one() != before
+    await engine.dispose()
+    await other.dispose()
+
+
+@pytest.mark.parametrize("mode", ["session", "transaction"])
+async def test_a_pooler_is_found_out_at_any_port(shared: Servers, mode: str) -> None:
+    if shutil.which("pgbouncer") is None:
+        pytest.skip("pgbouncer is not installed")
+    async with pooled(shared.postgres.dsn(), mode=mode, size=2) as url:
+        assert await pooling_of(lambda: asyncpg.connect(url, statement_cache_size=0)) is Pooling(
+            f"{mode} pooler"
+        )
+        engine = make_engine(url, name="test")
+        try:
+            async with asyncio.TaskGroup() as group:
+                # With statements that have names, some of these would not be known where they are run.
+                for _ in range(2):
+                    group.create_task(_ask_often(engine))
+        finally:
+            await engine.dispose()
+
+
+async def _ask_often(engine: AsyncEngine) -> None:
+    for n in range(50):
+        async with engine.connect() as connection:
+            asked = await connection.execute(text("select cast(:n as integer)"), {"n": n})
+            assert asked.scalar_one() == n

@@ -1,4 +1,4 @@
-"""A real PgBouncer in transaction mode, before a database."""
+"""A real PgBouncer before a database."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ listen_addr = {address}
 listen_port = {listen}
 unix_socket_dir =
 auth_type = any
-pool_mode = transaction
+pool_mode = {mode}
 default_pool_size = {size}
 ignore_startup_parameters = extra_float_digits
 """
@@ -30,7 +30,7 @@ ignore_startup_parameters = extra_float_digits
 
 @asynccontextmanager
 async def pooled(
-    url: str, *, address: str = "127.0.0.1", port: int | None = None, size: int = 5
+    url: str, *, address: str = "127.0.0.1", port: int | None = None, size: int = 5, mode: str = "transaction"
 ) -> AsyncIterator[str]:
     """Run PgBouncer; gives the URL of the same database behind it.
 
@@ -39,6 +39,7 @@ async def pooled(
         address: of this machine's loopback network.
         port: one that is free if not given.
         size: connections to the database.
+        mode: after what a client gives its connection back: "transaction" or "session".
     """
     parts = urlsplit(url)
     listen = port or free_port()
@@ -50,6 +51,7 @@ async def pooled(
         address=address,
         listen=listen,
         size=size,
+        mode=mode,
     )
     with tempfile.TemporaryDirectory() as folder:
         settings = _write(Path(folder), written)

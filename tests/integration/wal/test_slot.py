@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import asyncpg
 import msgspec
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -326,9 +326,7 @@ async def test_a_server_that_stops_in_order_is_not_held_up(own: Servers) -> None
         log.db = await asyncpg.connect(log.url)
 
 
-async def test_windows_work_through_a_pooler_in_transaction_mode(
-    log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_windows_work_through_a_pooler_in_transaction_mode(log: Log) -> None:
     if shutil.which("pgbouncer") is None:
         pytest.skip("pgbouncer is not installed")
 
@@ -341,7 +339,6 @@ async def test_windows_work_through_a_pooler_in_transaction_mode(
                 )
 
     async with pooled(log.url) as url:
-        monkeypatch.setattr("worker.connecting.TRANSACTION_POOLER_PORT", make_url(url).port)
         assert (await choose_transport(url)).kind == "windows"
         engine, log.engine = log.engine, make_engine(url, name="test", size=8)
         try:
