@@ -84,8 +84,8 @@ def _suit_the_pooler(engine: AsyncEngine) -> None:
         if pooling is Pooling.TRANSACTION:
             named |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
         elif pooling is Pooling.NONE:
-            # Most statements are short: to compile them takes longer than to run them. A pooler may refuse the
-            # parameter, or hand the setting on to somebody else.
+            # Most statements are short: to compile them takes longer than to run them. A pooler may refuse
+            # the parameter, or hand the setting on to somebody else.
             named["server_settings"] = {"jit": "off"} | named["server_settings"]
 
     event.listen(engine.sync_engine, "do_connect", suit)
