@@ -43,7 +43,7 @@ check: $(STAMP) ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests/typing/accepted.py tests/typing/refused_rows.py
+	$(BIN)/mypy pytest_tailrace.py tests/typing/accepted.py tests/typing/refused_rows.py
 	$(BIN)/pyright --warnings
 	$(BIN)/lint-imports
 

@@ -19,7 +19,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from config.addresses import (
     database_address,
@@ -381,6 +381,30 @@ class Settings(Tunables):
             if address is not None:
                 texts += secret_parts(address.get_secret_value())
         return tuple(dict.fromkeys(texts))
+
+
+class _Given(Settings):
+    """Settings of which neither the environment nor a file says anything."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what is given, and nothing else."""
+        del settings_cls
+        return (init_settings,)
+
+
+def given_settings(**values: Any) -> Settings:  # noqa: ANN401 - of any setting
+    """Make settings of these values, by name, and of defaults: nothing else is read.
+
+    For tests, which must never reach the project that the environment names.
+    """
+    return _Given(**values)
 
 
 _Kind = TypeVar("_Kind", bound=Tunables)

@@ -208,6 +208,15 @@ class Listener:
             reasons = ["standing by: another listener is active" if self._standing_by else waiting]
         return not reasons, reasons
 
+    def read_to(self) -> int | None:
+        """Tell the LSN below which every commit is in its lanes; None in plain delivery and at the start."""
+        return self._reading.read_to() if self._reading else None
+
+    async def queued(self) -> int:
+        """Count the entries that are in lanes and not yet applied."""
+        journal = self._reading.journal if self._reading else None
+        return (await journal.backlog()).entries if journal else 0
+
     def notes(self) -> list[str]:
         """Tell what is no reason to be unready: which delivery it is and why, and what has happened to it."""
         chosen = f"{self._choice.delivery} delivery: {self._choice.reason}"

@@ -263,13 +263,14 @@ def migrate(settings: Settings, sql: bool = False) -> int:  # noqa: FBT001, FBT0
 async def _migrate(settings: Settings) -> int:
     engine = make_engine(settings.database_url.get_secret_value(), name="tailrace migrate", size=1)
     try:
-        await _upgrade(engine, settings)
+        await upgrade(engine, settings)
     finally:
         await engine.dispose()
     return 0
 
 
-async def _upgrade(engine: AsyncEngine, settings: Settings) -> None:
+async def upgrade(engine: AsyncEngine, settings: Settings) -> None:
+    """Do what `migrate` does, over an engine that is open."""
     async with engine.begin() as connection:
         # Two releases at once: the second waits, and finds nothing left to do.
         await connection.execute(text("select pg_advisory_xact_lock(hashtext('tailrace.migrate'))"))
@@ -331,4 +332,4 @@ def _run_alembic(connection: Connection, folder: Path) -> None:
     alembic.command.upgrade(config, "head")
 
 
-__all__ = ["arq_command", "listen", "migrate", "run", "work"]
+__all__ = ["arq_command", "listen", "migrate", "run", "upgrade", "work"]

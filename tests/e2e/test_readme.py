@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.projects import run_pytest
 from tests.stack import ROOT, Servers, project
 from worker.cli.app import app
 
@@ -27,7 +28,7 @@ def blocks(language: str) -> list[str]:
 
 
 async def test_the_handlers_of_the_readme_work_on_its_tables(shared: Servers, tmp_path: Path) -> None:
-    derive, change = blocks("python")
+    derive, change, _ = blocks("python")
     (tmp_path / "readme_derive.py").write_text(derive)
     (tmp_path / "readme_change.py").write_text(change)
     (statements,) = blocks("sql")
@@ -48,6 +49,27 @@ async def test_the_handlers_of_the_readme_work_on_its_tables(shared: Servers, tm
             "select string_agg(concat(customer_id, ':', amount), ' ' order by customer_id) from totals",
             "1:0 2:3.5",
         )
+
+
+async def test_the_test_of_the_readme_passes(tmp_path: Path) -> None:
+    derive, change, test = blocks("python")
+    statements = f"{TABLES} alter table orders replica identity full"
+    conftest = f"""
+import pytest
+
+@pytest.fixture(scope="session")
+def tailrace_tables():
+    return {statements!r}
+
+@pytest.fixture(scope="session")
+def tailrace_handlers():
+    return "readme_derive,readme_change"
+"""
+    modules = {"readme_derive": derive, "readme_change": change, "test_readme": test, "conftest": conftest}
+    for name, text in modules.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    code, output = await run_pytest(tmp_path, "--asyncio-mode=auto")
+    assert code == 0, output
 
 
 def test_every_command_is_in_the_readme() -> None:

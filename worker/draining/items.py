@@ -87,7 +87,7 @@ class Decoder:
     async def changes(self, session: AsyncSession, reads: Sequence[Read]) -> list[Item]:
         """Decode and repair changes, keeping their order."""
         raws = [(read.position, _decode(read.entry.source, read.entry.payload), 1) for read in reads]
-        built = await self._built(session, raws)
+        built = await self.built(session, raws)
         return [Item(read, built[read.position]) for read in reads]
 
     async def parked(self, session: AsyncSession, rows: Sequence[HeldRow]) -> list[Item]:
@@ -95,12 +95,13 @@ class Decoder:
         raws = [
             (row.kept.position, _decode(row.kept.source, row.kept.payload), row.attempts + 1) for row in rows
         ]
-        built = await self._built(session, raws)
+        built = await self.built(session, raws)
         return [_item(row, built[row.kept.position]) for row in rows]
 
-    async def _built(
+    async def built(
         self, session: AsyncSession, raws: Sequence[tuple[Position, RawChange, int]]
     ) -> dict[Position, Change]:
+        """Make typed changes of raw ones, each with its position and attempt; repaired where they need it."""
         by_table: dict[tuple[str, str], list[tuple[Position, RawChange, int]]] = {}
         for one in raws:
             by_table.setdefault((one[1].schema, one[1].table), []).append(one)

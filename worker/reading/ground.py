@@ -199,6 +199,10 @@ class Reading(Protocol):
         """Tell what a person should know though it is no reason to be unready."""
         ...
 
+    def read_to(self) -> int | None:
+        """Tell the LSN below which every commit is in its lanes; None where positions are not the log's."""
+        ...
+
     def compared(self) -> tuple[int, int] | None:
         """Count what Realtime left out, and what it sent besides; None where nothing tells."""
         ...

@@ -224,6 +224,10 @@ class PlainReading:
         """There is nothing to note."""
         return []
 
+    def read_to(self) -> None:
+        """Nobody knows: Realtime's changes have no positions."""
+        return
+
     def compared(self) -> None:
         """There is nothing to compare with."""
         return

@@ -342,6 +342,10 @@ class ProvenReading:
         """Tell the state of Realtime, which is no reason to be unready here."""
         return self._doorbell.health()
 
+    def read_to(self) -> int:
+        """Tell the LSN below which every commit is in its lanes."""
+        return self._read_to
+
     def compared(self) -> tuple[int, int]:
         """Count what Realtime left out, and what it sent besides."""
         return self._doorbell.compared()
