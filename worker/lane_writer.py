@@ -104,7 +104,7 @@ class LaneWriter:
     def stage(self, lane: Lane, position: Position, content: Content) -> None:
         """Put an entry into the batch that the next flush writes."""
         before = self._touched.get(lane) or self._tops.get(lane) or Top(self._floor, 0, 0)
-        size = before.size + len(content.payload) + sum(map(len, content.keys)) + 64
+        size = before.size + len(content.payload) + content.stored + sum(map(len, content.keys)) + 64
         total = before.changes + content.changes
         entry = Entry(
             before.last,
@@ -118,6 +118,7 @@ class LaneWriter:
             content.xid,
             content.changes,
             total,
+            content.stored,
         )
         id_ = str(position)
         self._touched[lane] = Top(id_, entry.count, size, total)

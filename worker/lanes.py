@@ -85,6 +85,8 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     """For how many changes it counts: 0 where another lane of the handler counts the change."""
     total: int = 0
     """Changes of this lane in this generation, these included."""
+    stored: int = 0
+    """Bytes of the payload where that is in Postgres instead; see payloads.py."""
 
 
 class Content(NamedTuple):
@@ -97,6 +99,7 @@ class Content(NamedTuple):
     at: float
     xid: int | None = None
     changes: int = 1
+    stored: int = 0
 
 
 class Read(NamedTuple):

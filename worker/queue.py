@@ -53,6 +53,11 @@ def refuses_for_now(error: Exception) -> bool:
     )
 
 
+def is_full(error: Exception) -> bool:
+    """Tell whether Redis refuses because it has no memory left for what it was to take."""
+    return type(error).__name__ == "OutOfMemoryError" or "command not allowed when used memory" in str(error)
+
+
 _SMALL = 1 << 16
 """Bytes of a command that are written without looking whether the socket takes them."""
 

@@ -132,6 +132,18 @@ create index held_dead_by_key on tailrace.held using gin (keys) where status = '
 create index held_due on tailrace.held (next_attempt_at)
   where status = 'retrying' and next_attempt_at is not null;
 
+-- Payloads that Redis is spared, for entries of its lanes that would be too large for it.
+create table tailrace.payloads (
+  generation  text not null,
+  handler     text not null,
+  lanes       integer[] not null,
+  lsn         bigint not null,
+  ordinal     bigint not null,
+  payload     bytea not null,
+  primary key (generation, handler, lsn, ordinal)
+);
+comment on table tailrace.payloads is 'payloads too large for Redis, until their lanes have passed them';
+
 -- Who decided what about dead letters and lanes. Outlives the handlers it names.
 create table tailrace.audit (
   id          bigint generated always as identity primary key,
@@ -238,7 +250,7 @@ def downgrade() -> None:
     """Drop the tables, and with them all knowledge of what was applied."""
     op.execute("drop function tailrace.take_lane")
     op.execute(
-        "drop table tailrace.canary, tailrace.backfills, tailrace.gaps, tailrace.audit, tailrace.held,"
-        " tailrace.lanes, tailrace.handlers, tailrace.source"
+        "drop table tailrace.canary, tailrace.backfills, tailrace.gaps, tailrace.audit, tailrace.payloads,"
+        " tailrace.held, tailrace.lanes, tailrace.handlers, tailrace.source"
     )
     op.execute("drop function tailrace.present_history")

@@ -10,7 +10,7 @@ from functools import partial
 
 import structlog
 
-from worker import gaps, positions
+from worker import gaps, payloads, positions
 from worker.change import Position
 from worker.draining.applying import Applying
 from worker.draining.joint import Gate, Joint, has_hole, join
@@ -84,7 +84,8 @@ class Entries:
                 progress.ended = Pass.BUSY
             return [], True
         take: Take = partial(park, derives=self._derives) if parks else self._applying.fresh
-        reads = await self._seen(turn, found)
+        reads = await self._ready(turn, found)
+        full = full or len(reads) < len(found)
         if turn.notes is not None and not parks:
             turn, reads = await self._few(turn, turn.notes, reads)
             full = True
@@ -139,6 +140,18 @@ class Entries:
         turn.spoilers.update(dict.fromkeys(culprits, failure))
         return replace(turn, careful=True), reads[:1]
 
+    async def _ready(self, turn: Turn, reads: list[Read]) -> list[Read]:
+        """Cut off what cannot be taken yet, and give the rest their payloads where those are in Postgres."""
+        reads = list(payloads.fitting(await self._seen(turn, reads)))
+        stored = [read for read in reads if read.entry.stored]
+        if not stored:
+            return reads
+        generation, handler = str(turn.source.generation), turn.lane.handler
+        found = await payloads.fetch(turn.session, generation, handler, stored)
+        if len(found) < len(stored) and turn.source.delivery == "proven":
+            raise HoleError
+        return [found.get(read.position, read) for read in reads]
+
     async def _seen(self, turn: Turn, reads: list[Read]) -> list[Read]:
         """Cut off what is decoded but cannot be seen yet: a handler would compute from the old state."""
         xids = {read.entry.xid for read in reads if read.entry.xid is not None}
@@ -162,7 +175,7 @@ class Entries:
             if not alone:
                 return None
             most = PARKED_AT_ONCE if parks else most
-            return await join(turn, reads, self._lanes, most, self._seen, shunned, parks=parks)
+            return await join(turn, reads, self._lanes, most, self._ready, shunned, parks=parks)
 
     async def _together(self, turn: Turn, joint: Joint, take: Take) -> tuple[Sequence[int], bool]:
         """Apply or park the next changes of several lanes; returns as `_pass_entries` does."""

@@ -152,4 +152,6 @@ def _decode(source: str, payload: bytes) -> RawChange:
     known = _SOURCES.get(source)
     if known is None:
         raise MalformedChange(f"unknown source {source!r}")
+    if not payload:
+        raise MalformedChange("a change whose payload is gone from tailrace.payloads")
     return RawChange.decode(known, payload)

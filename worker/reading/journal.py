@@ -15,12 +15,12 @@ from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker import gaps, lease
+from worker import gaps, lease, payloads
 from worker.change import Position, RawChange
 from worker.database import explain, is_away
 from worker.lane_writer import LaneWriter
 from worker.lanes import NOTHING, Backlog, Content, Lane, Lanes, LanesLostError, Top
-from worker.queue import refuses_for_now
+from worker.queue import is_full, refuses_for_now
 from worker.registry import Handler
 from worker.routing import Routed, lane_of
 from worker.source import RereadError
@@ -33,6 +33,10 @@ BEHIND = 2**40
 """Ordinals of what is put behind a transaction: more than any transaction has changes."""
 MOST_AT_ONCE = 1_000
 """Changes in one script call; see FLUSH in listener.py."""
+LARGE_BYTES = 1 << 20
+"""A payload that is larger goes to Postgres at once. What Realtime sends never is."""
+SPARED_BYTES = 1 << 10
+"""While Redis is full, so does one that is larger than this: without it the entry may find room."""
 
 
 class Clock:
@@ -100,6 +104,11 @@ class Journal:
         self._batch = 0
         """How many of the pending are in the batch whose fate is open: it must not grow until it is known."""
         self._clean_at = datetime.now(UTC)
+        self._large = LARGE_BYTES
+        self._stored: set[tuple[str, Position]] = set()
+        """Handlers and positions of the batch's payloads that are in Postgres."""
+        self._sweeps = True
+        """There may be payloads in Postgres that are needed no more; at first those of another listener."""
         self.trouble: str | None = None
         """Why nothing can be written just now; None while all is well."""
         self.written = 0
@@ -161,6 +170,7 @@ class Journal:
         while self._pending:
             # Changes are added while a flush waits for Redis: they belong to the next batch.
             self._batch = self._batch or self._next_batch()
+            await self._store()
             self._stage()
             try:
                 cold = await self._writer.flush()
@@ -170,6 +180,8 @@ class Journal:
             except LanesLostError as lost:
                 await self._begin_generation(str(lost))
             except ResponseError as error:
+                if is_full(error) and self._spare():
+                    continue
                 if refuses_for_now(error) or renewed:
                     delay = await self._away(error, delay)
                 else:
@@ -184,6 +196,26 @@ class Journal:
         while size < len(pending) and pending[size].position == pending[size - 1].position:
             size += 1
         return size
+
+    async def _store(self) -> None:
+        """Put large payloads of the batch into Postgres, before anybody can find their entries."""
+        found: list[payloads.Stored] = []
+        for one in self._pending[: self._batch]:
+            if len(one.payload) > self._large and (one.handler.name, one.position) not in self._stored:
+                lanes = tuple(sorted(set(one.lanes)))
+                found.append(payloads.Stored(one.handler.name, lanes, one.position, one.payload))
+        if found:
+            await self._in_postgres(lambda: payloads.put(self._engine, self.generation, found))
+            self._stored.update((one.handler, one.position) for one in found)
+            self._sweeps = True
+
+    def _spare(self) -> bool:
+        """Find out whether a full Redis can be spared payloads that are in the batch still."""
+        spared, self._large = self._large > SPARED_BYTES, min(self._large, SPARED_BYTES)
+        return spared and any(
+            len(one.payload) > self._large and (one.handler.name, one.position) not in self._stored
+            for one in self._pending[: self._batch]
+        )
 
     def _stage(self) -> None:
         """Turn what is pending into entries; again after a change of generation, for they name each other."""
@@ -208,6 +240,8 @@ class Journal:
         """Put a change into every lane it belongs to, under one id."""
         numbers = tuple(sorted(set(one.lanes)))
         content = Content(numbers, one.keys, one.source, one.payload, one.at, one.xid)
+        if (one.handler.name, one.position) in self._stored:
+            content = content._replace(payload=b"", stored=len(one.payload))
         for number in numbers:
             self._writer.stage(Lane(one.handler.name, number), one.position, content)
             content = content._replace(changes=0)  # the lowest lane applies it, and counts it
@@ -216,6 +250,8 @@ class Journal:
         self.written += self._batch
         del self._pending[: self._batch]
         self._batch = 0
+        self._large = LARGE_BYTES
+        self._stored.clear()
         if self.trouble is not None:
             log.info("Redis is back")
             self.trouble = None
@@ -299,27 +335,41 @@ class Journal:
         except (RedisError, OSError) as error:
             await self._away(error, AWAY_SECONDS)
             return
-        await self._put_in_force(writer, floor, cause)
+        await self._in_postgres(lambda: self._put_in_force(writer, floor, cause))
         log.error("gap", cause=cause, tables=len(self._tables))
         self._writer = writer
+        self._stored.clear()  # they are kept under the generation's name
         try:
             await writer.retire(old)
         except (RedisError, OSError):
             log.warning("the lanes of the old generation stay in Redis", generation=old)
 
     async def _put_in_force(self, writer: LaneWriter, floor: Position, cause: str) -> None:
+        async with self._engine.begin() as connection:
+            await lease.set_generation(connection, self._token, writer.generation, floor)
+            await gaps.record(connection, cause=cause, tables=self._tables, since=self._clean_at)
+
+    async def _in_postgres(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Do a step in Postgres, waiting for Postgres as long as it takes."""
         while True:
             try:
-                async with self._engine.begin() as connection:
-                    await lease.set_generation(connection, self._token, writer.generation, floor)
-                    await gaps.record(connection, cause=cause, tables=self._tables, since=self._clean_at)
+                return await step()
             except Exception as error:
                 if not is_away(error):
                     raise
                 log.warning("waiting for Postgres", reason=explain(error))
                 await asyncio.sleep(MOST_AWAY_SECONDS / 5)
-            else:
-                return
+
+    async def sweep(self) -> None:
+        """Forget the payloads in Postgres that are needed no more."""
+        if not self._sweeps:
+            return  # own writes must not keep the log busy
+        self._sweeps, left = False, True
+        try:
+            async with self._engine.begin() as connection:
+                left = await payloads.sweep(connection, self._token)
+        finally:
+            self._sweeps = self._sweeps or left
 
     async def until_passed(self, handler: Handler) -> None:
         """Wait until all that is written for a handler by now is applied, or held.

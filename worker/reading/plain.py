@@ -196,6 +196,7 @@ class PlainReading:
             self._backfills.ask()
         if self.journal is not None:
             await self.journal.check()
+            await self.journal.sweep()
 
     def sure_until(self) -> datetime | None:
         """Up to when everything that was committed is in the lanes.

@@ -277,6 +277,7 @@ class ProvenReading:
         await self._advance(read_to)
         if self.journal is not None:
             await self.journal.check()
+            await self.journal.sweep()
 
     async def _note_reached(self, read_to: int) -> None:
         if await reached.note(self._ground.lanes, self._server.system_identifier, read_to):

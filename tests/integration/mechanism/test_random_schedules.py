@@ -90,8 +90,13 @@ async def some_passes(at: Bench, rng: random.Random, drains: list[Drain]) -> Non
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-async def test_everything_is_applied_once_and_per_key_in_order(at: Bench, seed: int) -> None:
+async def test_everything_is_applied_once_and_per_key_in_order(
+    at: Bench, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(seed)
+    if seed % 2:
+        # As if every payload were too large for Redis.
+        monkeypatch.setattr("worker.reading.journal.LARGE_BYTES", 0)
     failures: Counter[str] = Counter()
     await at.db.execute("create table derived_sums (grp integer primary key, n bigint)")
     await at.load(handlers(failures))
@@ -108,6 +113,7 @@ async def test_everything_is_applied_once_and_per_key_in_order(at: Bench, seed: 
             await at.journal.flush()
         if rng.random() < 0.2:
             await at.make_due()
+            await at.journal.sweep()
         await some_passes(at, rng, drains)
         assert await at.holding_is_true()
     await at.settle(*drains)
@@ -123,3 +129,5 @@ async def test_everything_is_applied_once_and_per_key_in_order(at: Bench, seed: 
     # Each handler counts a change once, however many lanes it stands in.
     assert (applied, waiting, queued) == (2 * written, 0, 0)
     assert await at.count("tailrace.gaps") == 0
+    await at.journal.sweep()
+    assert await at.count("tailrace.payloads") == 0
