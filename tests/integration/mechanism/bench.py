@@ -129,19 +129,14 @@ class Bench:
     def drain(self, name: str, *, batch: int = 500, timeout: float = 5.0, max_attempts: int = 1_000) -> Drain:
         """Make a drain, as one worker process has it."""
         handler = next(one for one in self.handlers if one.name == name)
-        caller = Caller(
+        return make_drain(
             handler,
-            timeout=handler.timeout or timeout,
-            policy=Policy(Backoff(3600.0, 3600.0, lambda: 1.0), max_attempts, halts=handler.after == "halt"),
-            context=lambda key: Context(self.redis, structlog.get_logger(), key, _no_client),
-        )
-        return Drain(
-            engine=self.engine,
-            lanes=self.lanes,
-            caller=caller,
-            decoder=Decoder(handler, self.watch),
-            limits=Limits(60_000, 0),
+            self.engine,
+            self.lanes,
+            self.watch,
             batch=batch,
+            timeout=timeout,
+            max_attempts=max_attempts,
         )
 
     def worker(self, name: str) -> Draining:
@@ -266,6 +261,33 @@ class Bench:
 
     async def _terminate(self, pid: int) -> None:
         await self.db.fetchval("select pg_terminate_backend($1, 5000)", pid)
+
+
+def make_drain(
+    handler: Handler,
+    engine: AsyncEngine,
+    lanes: Lanes,
+    watch: SchemaWatch,
+    *,
+    batch: int = 500,
+    timeout: float = 5.0,
+    max_attempts: int = 1_000,
+) -> Drain:
+    """Make a drain of a handler, as one worker process has it."""
+    caller = Caller(
+        handler,
+        timeout=handler.timeout or timeout,
+        policy=Policy(Backoff(3600.0, 3600.0, lambda: 1.0), max_attempts, halts=handler.after == "halt"),
+        context=lambda key: Context(lanes.redis, structlog.get_logger(), key, _no_client),
+    )
+    return Drain(
+        engine=engine,
+        lanes=lanes,
+        caller=caller,
+        decoder=Decoder(handler, watch),
+        limits=Limits(60_000, 0),
+        batch=batch,
+    )
 
 
 def _no_client() -> NoReturn:
