@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
     from supabase import AsyncClient
 
+    from worker.cache import Cache
+
+
+def _no_cache() -> "Cache":
+    raise LookupError("there is no cache where this handler is called")
+
 
 @dataclass(frozen=True)
 class Context:
@@ -22,14 +28,21 @@ class Context:
         idempotency_key: the same for every attempt at this change; for calls outside the database.
             None for derive handlers and batches, whose calls are cut anew each time.
         make_supabase: makes the client when a handler first asks for it.
+        make_cache: likewise.
     """
 
     redis: "Redis"
     log: "FilteringBoundLogger"
     idempotency_key: str | None
     make_supabase: Callable[[], "AsyncClient"]
+    make_cache: Callable[[], "Cache"] = _no_cache
 
     @cached_property
     def supabase(self) -> "AsyncClient":
         """The Supabase client with the service key: storage, auth admin. No part of the transaction."""
         return self.make_supabase()
+
+    @cached_property
+    def cache(self) -> "Cache":
+        """What is looked up again and again, computed once for all workers."""
+        return self.make_cache()

@@ -20,8 +20,10 @@ from worker.declarations import (
     declare,
     hook_problems,
     merge,
+    parse_table,
 )
-from worker.errors import ConfigurationError
+from worker.errors import ConfigurationError, HandlerProblem
+from worker.forgetting import forgetting
 from worker.letters import DeadLetter, Hook
 from worker.signatures import Kind
 
@@ -154,6 +156,18 @@ class Handlers:
     def change(self, table: str, **options: Any) -> Callable[[_Function], _Function]:
         """Call the function with each change; `types=`: only of these types, TRUNCATE only if named here."""
         return self._decorator("change", "change", table, ROW_TYPES, options)
+
+    def caches(self, table: str) -> None:
+        """Have a table followed for `context.cache`: what was computed from its rows ends when they change.
+
+        Once for each table, in whichever module. It shows as a handler named `cache:schema.table`.
+        """
+        try:
+            function, name = forgetting(parse_table(table))
+        except HandlerProblem:
+            # What is wrong with it is told with all else.
+            function, name = forgetting(("?", str(table)))
+        self._declared.append(declare(function, "derive", "derive", table, ROW_TYPES, {"name": name}))
 
     def dead_letter(self, hook: _Hook) -> _Hook:
         """Call the function with each dead letter of the handlers of this module, at least once.

@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from config.settings import Settings
+from tests.kit.projects import run_pytest
 from tests.stack import ROOT, SECRET, Servers, project
 from worker import Change, Context
 from worker.change import Position, Record
@@ -151,6 +153,66 @@ async def test_rows_behind_changes(module: types.ModuleType, shared: Servers) ->
         await engine.dispose()
         found = await made.db.fetch("select status from orders order by id")
     assert [row["status"] for row in found] == ["shipped", "shipped", "paid"]
+
+
+CACHING = """
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from worker.testing import insert, update
+
+TABLES = '''
+    create table customers (id bigint primary key, discount numeric not null);
+    create table orders (id bigint primary key, customer_id bigint, amount numeric);
+    create table prices (order_id bigint, price numeric);
+'''
+
+
+@pytest.fixture(scope="session")
+def tailrace_tables():
+    return TABLES
+
+
+@pytest.fixture(scope="session")
+def tailrace_handlers():
+    return "shown"
+
+
+PRICES = text("select string_agg(trim_scale(price)::text, ' ' order by order_id) from prices")
+
+
+async def test_looked_up_once_and_again_after_a_change(deliver):
+    await deliver.session.execute(text("insert into customers values (7, 0.1)"))
+    assert await deliver(insert("orders", id=1, customer_id=7, amount=10)) == ("shown:price",)
+    # Behind its back: nobody hears of it.
+    await deliver.session.execute(text("update customers set discount = 0.2"))
+    await deliver(insert("orders", id=2, customer_id=7, amount=10))
+    assert await deliver(update("customers", 7, discount=Decimal("0.5"))) == ("cache:public.customers",)
+    await deliver(insert("orders", id=3, customer_id=7, amount=10))
+    assert await deliver.session.scalar(PRICES) == "9 9 5"
+
+
+async def test_it_ends_through_the_whole_pipeline(pipeline, settle):
+    await pipeline.write(insert("customers", id=7, discount=Decimal("0.1")))
+    await settle()
+    await pipeline.write(insert("orders", id=1, customer_id=7, amount=10))
+    await settle()
+    await pipeline.write(update("customers", 7, discount=Decimal("0.5")))
+    await settle()
+    await pipeline.write(insert("orders", id=2, customer_id=7, amount=10))
+    await settle()
+    async with pipeline.session() as session:
+        assert await session.scalar(PRICES) == "9 5"
+"""
+
+
+async def test_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "shown.py").write_text(example("What is looked up again and again"))
+    (tmp_path / "test_shown.py").write_text(CACHING)
+    code, output = await run_pytest(tmp_path, "--asyncio-mode=auto")
+    assert code == 0, output
 
 
 async def test_storage_from_a_handler(module: types.ModuleType) -> None:

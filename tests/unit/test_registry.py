@@ -11,6 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from worker.change import Change, Context
 from worker.errors import ConfigurationError
+from worker.forgetting import cached_tables
 from worker.registry import Handler, Handlers
 
 Anything = dict[str, Any]
@@ -399,3 +400,23 @@ def test_models_that_cannot_be(function: Any, options: dict[str, Any], said: str
     on.update("orders", **options)(function)
     (problem,) = problems(on)
     assert said in problem
+
+
+def test_tables_followed_for_the_cache_are_derive_handlers() -> None:
+    on = Handlers()
+    on.caches("shop.Odd Name")
+    on.caches("orders")
+    odd, orders = on.handlers()
+    assert (odd.name, orders.name) == ("cache:shop.Odd-Name", "cache:public.orders")
+    assert (orders.kind, orders.wants_context, orders.subscriptions[0].lane_key) == ("derive", True, None)
+    assert cached_tables([odd.function, orders.function, typed]) == {
+        ("shop", "Odd Name"),
+        ("public", "orders"),
+    }
+
+
+def test_what_names_no_table_is_followed_by_nobody() -> None:
+    on = Handlers()
+    on.caches("a.b.c")
+    (problem,) = problems(on)
+    assert '"a.b.c" names no table' in problem

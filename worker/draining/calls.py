@@ -5,7 +5,7 @@ savepoints, so that only the guilty wait and the innocent are applied in the sam
 """
 
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import text
@@ -15,6 +15,7 @@ from worker.change import ROWS_OF_CALL, Change, Context
 from worker.database import sqlstate_of
 from worker.draining.guard import Watch, guarded
 from worker.errors import HandlerStuck
+from worker.forgetting import Table
 from worker.registry import Handler
 from worker.retries import Failure, Policy
 from worker.rows.lazy import RowsOfCall
@@ -61,11 +62,15 @@ class Caller:
         timeout: float,
         policy: Policy,
         context: Callable[[str | None], Context],
+        cached: Collection[Table] = (),
     ) -> None:
         self.handler = handler
         self.policy = policy
         self._timeout = timeout
         self._context = context
+        followed = {(one.schema, one.table) for one in handler.subscriptions}
+        self._cached = followed.intersection(cached) if handler.wants_context else frozenset[Table]()
+        self._by_key = all(one.lane_key is None for one in handler.subscriptions)
 
     async def keys(self, session: AsyncSession, keys: Sequence[Any]) -> None:
         """Call a derive handler with the keys whose rows changed."""
@@ -93,11 +98,14 @@ class Caller:
 
     async def _call(self, session: AsyncSession, argument: object, idempotency_key: str | None) -> None:
         arguments: list[object] = []
-        if self.handler.wants_context:
-            arguments.append(self._context(idempotency_key))
         changes = (
             [argument] if isinstance(argument, Change) else argument if isinstance(argument, list) else []
         )
+        if self.handler.wants_context:
+            context = self._context(idempotency_key)
+            arguments.append(context)
+            if self._cached:
+                await self._forget(context, changes)
         rows = RowsOfCall(session, changes)
         known = ROWS_OF_CALL.set(rows)
         try:
@@ -108,6 +116,27 @@ class Caller:
         finally:
             rows.end()
             ROWS_OF_CALL.reset(known)
+
+    async def _forget(self, context: Context, given: Sequence[Any]) -> None:
+        """Forget what the cache has of rows behind this call, before it is asked.
+
+        The handler that follows the table does so, too, but perhaps later: and what is derived from an older
+        row than the one it is called for would stay so.
+        """
+        if self.handler.kind == "change":
+            rows: dict[Table, list[Any]] = {}
+            for change in given:
+                table = (change.schema, change.table)
+                if table in self._cached:
+                    rows.setdefault(table, []).append(change.key)
+            for table, keys in rows.items():
+                await context.cache.rows_changed(table, keys)
+            return
+        for table in self._cached:
+            if self._by_key:
+                await context.cache.rows_changed(table, given)
+            else:
+                await context.cache.table_changed(table)
 
 
 class Outcome(Generic[Item]):

@@ -21,6 +21,7 @@ from supabase import AsyncClient
 
 from config.settings import Settings
 from worker import loader, telemetry
+from worker.cache import Cache
 from worker.catalogue import Catalogue, read_catalogue
 from worker.change import Context
 from worker.database import make_engine, wait_until_up
@@ -30,6 +31,7 @@ from worker.draining.drain import Drain, make_limits
 from worker.draining.items import Decoder
 from worker.draining.turns import SWEEP_SECONDS, Draining, Enqueue
 from worker.errors import ConfigurationError
+from worker.forgetting import cached_tables
 from worker.lanes import Lanes
 from worker.positions import Seen
 from worker.queue import connection_pool
@@ -116,7 +118,10 @@ class Workshop:
                 enqueue=enqueue,
                 at_once=AT_ONCE,
             )
-            alerting = Alerting(engine, handlers, lambda handler: _contexts(handler, redis, clients)(None))
+            cache = make_cache(redis, settings, handlers)
+            alerting = Alerting(
+                engine, handlers, lambda handler: _contexts(handler, redis, clients, cache)(None)
+            )
             yield cls(settings, engine, draining, handlers, watch, alerting)
             await draining.leave()
         finally:
@@ -192,6 +197,7 @@ async def _drains(
         version = int((await connection.execute(text("show server_version_num"))).scalar_one())
     limits = make_limits({handler.name: handler for handler in handlers}, settings.handler_timeout, version)
     lanes = Lanes(redis, settings.queue)
+    cache = make_cache(redis, settings, handlers)
     drains, seen = {}, Seen()
     for handler in handlers:
         backoff = Backoff(
@@ -208,7 +214,8 @@ async def _drains(
                 handler.after == "halt",
                 settings.retries_per_second,
             ),
-            context=_contexts(handler, redis, clients),
+            context=_contexts(handler, redis, clients, cache),
+            cached=cache.tables,
         )
         drains[handler.name] = Drain(
             engine=engine,
@@ -222,11 +229,16 @@ async def _drains(
     return drains
 
 
-def _contexts(handler: Handler, redis: Redis, clients: SupabaseClients) -> Any:  # noqa: ANN401 - a function from key to context
+def make_cache(redis: Redis, settings: Settings, handlers: Sequence[Handler]) -> Cache:
+    """Make the cache of these handlers."""
+    return Cache(redis, settings.queue, cached_tables(handler.function for handler in handlers))
+
+
+def _contexts(handler: Handler, redis: Redis, clients: SupabaseClients, cache: Cache) -> Any:  # noqa: ANN401 - a function from key to context
     logger = structlog.get_logger(handler.function.__module__).bind(handler=handler.name)
 
     def make(idempotency_key: str | None) -> Context:
-        return Context(redis, logger, idempotency_key, clients.get)
+        return Context(redis, logger, idempotency_key, clients.get, lambda: cache)
 
     return make
 

@@ -6,6 +6,7 @@ nothing is tried again, and what handlers write reaches no further handler.
 """
 
 import asyncio
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from redis.asyncio import Redis
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
+from worker.cache import Cache
 from worker.change import Change, Context, Position, RawChange
 from worker.database import make_engine
 from worker.draining.applying import MOST_AT_ONCE
 from worker.draining.calls import Caller
 from worker.draining.items import Decoder
+from worker.forgetting import cached_tables
 from worker.queue import connection_pool
 from worker.registry import Handler
 from worker.retries import Backoff, Policy
@@ -64,6 +67,7 @@ class Deliver:
         self._session: AsyncSession
         self._rows: Rows
         self._redis: Redis
+        self._cache: Cache
 
     async def __aenter__(self) -> Self:
         database = self._database
@@ -71,6 +75,9 @@ class Deliver:
         self._stack.push_async_callback(self._engine.dispose)
         self._redis = Redis(connection_pool=connection_pool(database.redis_url))
         self._stack.push_async_callback(self._redis.aclose, close_connection_pool=True)
+        # What a test has computed from rows that are rolled back is no other test's.
+        prefix = f"{database.settings.queue}:{secrets.token_hex(6)}"
+        self._cache = Cache(self._redis, prefix, cached_tables(one.function for one in database.handlers))
         self._connection = await self._engine.connect()
         self._stack.push_async_callback(self._connection.close)
         transaction = await self._connection.begin()
@@ -165,6 +172,7 @@ class Deliver:
             timeout=handler.timeout or settings.handler_timeout,
             policy=Policy(Backoff(settings.backoff_seconds, settings.backoff_max_seconds), 1),
             context=lambda key: self._context(handler, key),
+            cached=self._cache.tables,
         )
         names = [(one.schema, one.table) for one in handler.subscriptions]
         watch = SchemaWatch(self._engine, self._database.catalogue, settings.publication, names)
@@ -186,7 +194,7 @@ class Deliver:
 
     def _context(self, handler: Handler, key: str | None) -> Context:
         log = structlog.get_logger(handler.function.__module__).bind(handler=handler.name)
-        return Context(self._redis, log, key, self._get_supabase)
+        return Context(self._redis, log, key, self._get_supabase, lambda: self._cache)
 
     def _get_supabase(self) -> Any:  # noqa: ANN401 - a double is of any type
         if self.supabase is None:

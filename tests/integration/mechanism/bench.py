@@ -17,6 +17,7 @@ from sqlalchemy.util import await_only
 
 from tests.stack import Servers, _template, execute
 from worker import lease
+from worker.cache import Cache
 from worker.catalogue import Catalogue, read_catalogue
 from worker.change import Context, Position, RawChange
 from worker.database import make_engine
@@ -126,7 +127,15 @@ class Bench:
 
     # Workers
 
-    def drain(self, name: str, *, batch: int = 500, timeout: float = 5.0, max_attempts: int = 1_000) -> Drain:
+    def drain(
+        self,
+        name: str,
+        *,
+        batch: int = 500,
+        timeout: float = 5.0,
+        max_attempts: int = 1_000,
+        cache: Cache | None = None,
+    ) -> Drain:
         """Make a drain, as one worker process has it."""
         handler = next(one for one in self.handlers if one.name == name)
         return make_drain(
@@ -137,6 +146,7 @@ class Bench:
             batch=batch,
             timeout=timeout,
             max_attempts=max_attempts,
+            cache=cache,
         )
 
     def worker(self, name: str) -> Draining:
@@ -272,13 +282,16 @@ def make_drain(
     batch: int = 500,
     timeout: float = 5.0,
     max_attempts: int = 1_000,
+    cache: Cache | None = None,
 ) -> Drain:
     """Make a drain of a handler, as one worker process has it."""
+    made = cache or Cache(lanes.redis, handler.name, ())
     caller = Caller(
         handler,
         timeout=handler.timeout or timeout,
         policy=Policy(Backoff(3600.0, 3600.0, lambda: 1.0), max_attempts, halts=handler.after == "halt"),
-        context=lambda key: Context(lanes.redis, structlog.get_logger(), key, _no_client),
+        context=lambda key: Context(lanes.redis, structlog.get_logger(), key, _no_client, lambda: made),
+        cached=made.tables,
     )
     return Drain(
         engine=engine,
