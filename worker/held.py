@@ -164,21 +164,31 @@ async def any_waits(session: AsyncSession, handler: str) -> bool:
 
 
 async def hold(
-    session: AsyncSession, handler: str, kept: Kept, failure: Failure | None, *, at_once: bool = False
+    session: AsyncSession,
+    handler: str,
+    changes: Sequence[tuple[Kept, Failure | None]],
+    *,
+    at_once: bool = False,
 ) -> None:
-    """Hold a change: after its own failure, or (without one) behind an earlier change of its key.
+    """Hold changes, in their order: after a failure, or (without one) behind an earlier change of the key.
 
     Args:
-        session: holds the locks of its lanes.
+        session: holds the locks of their lanes.
         handler: name of the handler.
-        kept: what to keep.
-        failure: of its attempt, if there was one.
-        at_once: it waits behind nothing: due now.
+        changes: what to keep of each, and the failure of its attempt, if there was one.
+        at_once: those that have not failed wait behind nothing: due now.
     """
+    if not changes:
+        return
     connection = await session.connection()
-    row = to_row(handler, kept) | {"failed": failure is not None}
-    fate = _NO_FAILURE | {"delay": 0.0 if at_once else None} if failure is None else _told(failure)
-    await connection.execute(_INSERT, row | fate)
+    waits = _NO_FAILURE | {"delay": 0.0 if at_once else None}
+    rows = [
+        to_row(handler, kept)
+        | {"failed": failure is not None}
+        | (waits if failure is None else _told(failure))
+        for kept, failure in changes
+    ]
+    await connection.execute(_INSERT, rows)
 
 
 def to_row(handler: str, kept: Kept) -> dict[str, Any]:

@@ -57,6 +57,21 @@ _TO_HELD = text(
     "update tailrace.held set status = 'retrying',"
     " next_attempt_at = case when :due then clock_timestamp() end where id = any(cast(:ids as bigint[]))"
 )
+# A run of each key, from its first row on: rows that have not failed themselves, and need no other lane.
+_FROM_HELD = text(
+    "with waiting as (select k, h.id, h.status = 'retrying' and h.attempts = 0 and not h.redriven"
+    "   and h.next_attempt_at is null and h.lanes = array[cast(:lane as integer)]"
+    "   and cardinality(h.keys) = 1 as free"
+    "  from unnest(cast(:keys as text[])) k join tailrace.held h"
+    "   on h.handler = :handler and h.waits and h.keys @> array[k]),"
+    " walls as (select k, min(id) as id from waiting where not free group by k)"
+    " update tailrace.held set status = 'parked' where id in ("
+    "  select w.id from waiting w left join walls on walls.k = w.k where w.free"
+    "   and (walls.id is null or w.id < walls.id) and not exists (select from tailrace.held e"
+    "    where e.handler = :handler and e.waits and e.keys = '{}' and e.id < w.id)"
+    "  order by w.id limit :most)"
+    " returning id"
+)
 _DELETE = text("delete from tailrace.held where id = any(cast(:ids as bigint[]))")
 _LANES = text(
     "select l.handler, l.lane from tailrace.lanes l join tailrace.handlers h on h.name = l.handler"
@@ -138,6 +153,24 @@ async def to_held(session: AsyncSession, ids: Sequence[int], *, due: bool) -> No
     """Let rows wait as held ones from now on: due at once, or behind an earlier one of their keys."""
     connection = await session.connection()
     await connection.execute(_TO_HELD, {"ids": list(ids), "due": due})
+
+
+async def from_held(session: AsyncSession, lane: Lane, keys: Sequence[bytes], most: int) -> int:
+    """Let what waits behind keys that are free now be applied as parked changes are: together.
+
+    Args:
+        session: holds the lane's row.
+        lane: only rows that concern no other.
+        keys: nothing of them is being retried.
+        most: rows at once; the rest waits behind them.
+
+    Returns:
+        How many.
+    """
+    connection = await session.connection()
+    parameters = {"handler": lane.handler, "lane": lane.number, "most": most}
+    found = await connection.execute(_FROM_HELD, parameters | {"keys": [key.decode() for key in keys]})
+    return len(found.all())
 
 
 async def let_go(session: AsyncSession, ids: Sequence[int]) -> None:

@@ -180,7 +180,7 @@ async def resume_key(engine: AsyncEngine, operator: Operator, handler: str, key:
             else:
                 at = Position(mark.lsn, mark.ordinal)
                 kept = Kept((lane,), (key,), at, "key", b"", mark.changes)
-                await held.hold(session, handler, kept, None, at_once=True)
+                await held.hold(session, handler, [(kept, None)], at_once=True)
                 await deciding.count_holding(connection, handler, (lane,), 1)
         wake |= await held.promote(session, handler, [key])
         await audit.note(connection, operator, "resume", About(handler, lane_key=key))

@@ -192,6 +192,15 @@ class Failure(NamedTuple):
         return self.delay is not None or self.halts
 
 
+def blames_nobody(error: BaseException) -> bool:
+    """Tell whether the whole lane waits, and no attempt is used up."""
+    return _rule(error).answer is Answer.LANE_WAITS
+
+
+def _rule(error: BaseException) -> Rule:
+    return next(rule for rule in RULES if rule.meets(error))
+
+
 def classify(error: BaseException, attempts: int, policy: Policy) -> Failure | None:
     """Judge the failure of an attempt.
 
@@ -203,7 +212,7 @@ def classify(error: BaseException, attempts: int, policy: Policy) -> Failure | N
     Returns:
         The failure to keep; None where nobody is to blame: the whole lane waits.
     """
-    rule = next(rule for rule in RULES if rule.meets(error))
+    rule = _rule(error)
     if rule.answer is Answer.LANE_WAITS:
         return None
     delay: float | None = policy.backoff.delay(max(1, attempts))

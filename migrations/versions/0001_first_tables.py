@@ -225,6 +225,16 @@ end
 $$
 """
 
+# What is deferred is checked now, and deferred again: one round trip, and after every call that is made with care.
+CHECK_CONSTRAINTS = """
+create function tailrace.check_constraints() returns void language plpgsql volatile as $$
+begin
+  set constraints all immediate;
+  set constraints all deferred;
+end
+$$
+"""
+
 GRANTS = """
 do $$
 begin
@@ -243,12 +253,13 @@ def upgrade() -> None:
         if statement.strip():
             op.execute(statement)
     op.execute(TAKE_LANE)
+    op.execute(CHECK_CONSTRAINTS)
     op.execute(GRANTS)
 
 
 def downgrade() -> None:
     """Drop the tables, and with them all knowledge of what was applied."""
-    op.execute("drop function tailrace.take_lane")
+    op.execute("drop function tailrace.take_lane, tailrace.check_constraints")
     op.execute(
         "drop table tailrace.canary, tailrace.backfills, tailrace.gaps, tailrace.audit, tailrace.payloads,"
         " tailrace.held, tailrace.lanes, tailrace.handlers, tailrace.source"

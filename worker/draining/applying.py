@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import structlog
 
-from worker import held, positions
+from worker import held, parked, positions
 from worker.change import Change, Position
 from worker.draining.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome
 from worker.draining.items import Decoder, Item, KeyItem
@@ -20,7 +20,7 @@ from worker.held import Blocked, HeldRow, Kept
 from worker.lanes import Read
 from worker.overtaking import Applied
 from worker.registry import Handler
-from worker.retries import Allowance, Failure, classify
+from worker.retries import Allowance, Failure, blames_nobody, classify
 
 log = structlog.get_logger(__name__)
 
@@ -104,10 +104,12 @@ class Applying:
         turn.progress.applied += sum(item.changes for item in outcome.applied)
         verdicts += outcome.failed
         verdicts += [(item, None) for item in outcome.untried]
-        for item, failure in verdicts:
-            lanes = (turn.lane.number,)
-            kept = Kept(lanes, (item.key,), batch[-1].position, "key", b"", item.changes)
-            await self._hold(turn, kept, failure, at_once=failure is None)
+        lanes, at = (turn.lane.number,), batch[-1].position
+        await self._hold(
+            turn,
+            [(Kept(lanes, (item.key,), at, "key", b"", item.changes), failure) for item, failure in verdicts],
+            at_once=True,
+        )
 
     def _typed(
         self, turn: Turn, counts: dict[bytes, int], verdicts: list[tuple[KeyItem, Failure | None]]
@@ -157,10 +159,8 @@ class Applying:
         turn.progress.applied += len(applied)
         turn.progress.done += [Applied(item.read.entry.keys, item.read.position) for item in applied]
         # The order of a key is the order in which its changes are held.
-        for read, failure in sorted(verdicts, key=lambda one: one.read.position):
-            entry = read.entry
-            kept = Kept(entry.lanes, entry.keys, read.position, entry.source, entry.payload)
-            await self._hold(turn, kept, failure)
+        verdicts.sort(key=lambda one: one.read.position)
+        await self._hold(turn, [(_kept(one.read), one.failure) for one in verdicts])
 
     async def _decoded(self, turn: Turn, reads: Sequence[Read]) -> list[Item]:
         try:
@@ -192,12 +192,15 @@ class Applying:
         else:
             readable.update({item.read.position: item for item in items})
 
-    async def _hold(self, turn: Turn, kept: Kept, failure: Failure | None, *, at_once: bool = False) -> None:
-        if failure is not None:
-            self.tell(turn, failure)
-        await held.hold(turn.session, self.handler.name, kept, failure, at_once=at_once)
-        if failure is None or failure.holds_back:
-            turn.holds(kept.lanes, 1)
+    async def _hold(
+        self, turn: Turn, changes: Sequence[tuple[Kept, Failure | None]], *, at_once: bool = False
+    ) -> None:
+        await held.hold(turn.session, self.handler.name, changes, at_once=at_once)
+        for kept, failure in changes:
+            if failure is not None:
+                self.tell(turn, failure)
+            if failure is None or failure.holds_back:
+                turn.holds(kept.lanes, 1)
 
     # Calls
 
@@ -238,7 +241,7 @@ class Applying:
 
     def trouble(self, error: Exception) -> CallFailedError | LaneBlockedError:
         """Say how a pass goes on after a failure of a whole batch."""
-        return LaneBlockedError() if self.judge(error) is None else CallFailedError()
+        return LaneBlockedError() if blames_nobody(error) else CallFailedError()
 
     async def apart(
         self,
@@ -267,6 +270,8 @@ class Applying:
     def tell(self, turn: Turn, failure: Failure) -> None:
         """Count a failure and log it; neither values nor the error's text, which may have some."""
         turn.progress.failures[failure.error_class] += 1
+        if failure.delay is not None:
+            turn.progress.due_in = min(failure.delay, turn.progress.due_in)
         delay = None if failure.delay is None else round(failure.delay, 1)
         log.warning(
             "handler failed",
@@ -282,7 +287,9 @@ class Applying:
         """Try what is held and due, in order; True where more of it may be due."""
         until = time.monotonic() + RETRY_SECONDS
         seen: list[int] = []
-        while rows := await held.due(turn.session, turn.lane, seen):
+        more = True
+        while more and (rows := await held.due(turn.session, turn.lane, seen)):
+            more = len(rows) == held.MOST_AT_ONCE
             for row in rows:
                 if seen and time.monotonic() > until:
                     return True
@@ -291,6 +298,7 @@ class Applying:
                 seen.append(row.id)
                 if await self._again(turn, row):
                     return True
+            more = more or turn.lane.number in turn.progress.wake  # the next of a key is due now
         return False
 
     async def _again(self, turn: Turn, row: HeldRow) -> bool:
@@ -299,7 +307,7 @@ class Applying:
         turn.progress.retried = True
         others = kept.lanes[1:]
         lock = positions.lock_others if kept.keys else positions.wait_for_others
-        if len(await lock(session, self.handler.name, others)) < len(others):
+        if others and len(await lock(session, self.handler.name, others)) < len(others):
             return False  # one of its lanes is being drained just now: it stays due
         spoiler = turn.spoilers.get(("held", row.id))
         failure = spoiler
@@ -318,8 +326,19 @@ class Applying:
             turn.progress.done.append(Applied(kept.keys, kept.position))
         if failure is None or not failure.holds_back:
             turn.holds(kept.lanes, -1)
-            turn.progress.wake |= await held.promote(session, self.handler.name, kept.keys)
+            await self.release(turn, kept.keys)
         return spoiler is not None
+
+    async def release(self, turn: Turn, keys: Sequence[bytes]) -> None:
+        """Let what waited behind these keys go on: together, as far as nothing of it has failed itself."""
+        # Under suspicion they go one by one, as the others do.
+        if keys and self.handler.kind == "change" and turn.notes is None:
+            freed = await parked.from_held(turn.session, turn.lane, keys, MOST_AT_ONCE)
+            if freed:
+                turn.progress.parked[turn.lane.number] += freed
+                if len(keys) == 1:
+                    return  # all that comes after those waits for them
+        turn.progress.wake |= await held.promote(turn.session, self.handler.name, keys)
 
     async def _call_again(self, turn: Turn, row: HeldRow) -> Failure | None:
         turn.progress.retries += 1
@@ -343,6 +362,11 @@ class Applying:
         )
         await isolation.apply([row])
         return isolation.outcome.failed[0][1] if isolation.outcome.failed else None
+
+
+def _kept(read: Read) -> Kept:
+    entry = read.entry
+    return Kept(entry.lanes, entry.keys, read.position, entry.source, entry.payload)
 
 
 def count(batch: Sequence[Read], blocked: set[bytes]) -> tuple[dict[bytes, int], dict[bytes, int]]:

@@ -78,7 +78,8 @@ class Entries:
         """
         progress = turn.progress
         found, parks, full = await self._found(turn, most)
-        if turn.row.parked > 0 and not parks and not turn.source.paused:
+        is_parked = turn.row.parked > 0 or progress.parked[turn.lane.number] > 0
+        if is_parked and not parks and not turn.source.paused:
             # What is parked came before all that is in the stream.
             if not await self._unparking.unpark(turn, most):
                 progress.ended = Pass.BUSY

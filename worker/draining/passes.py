@@ -4,6 +4,7 @@ Plain data, shared by drain.py (the order of steps) and applying.py (the calls).
 """
 
 import enum
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,6 +65,8 @@ class Progress:
     """Held changes were tried again."""
     wake: set[int] = field(default_factory=set)
     """Other lanes that can go on now."""
+    due_in: float = math.inf
+    """Seconds until the first change that failed in it is due again."""
     notes: Notes | None = None
     """Of calls, where the lane is under suspicion."""
     latest_at: float = 0.0

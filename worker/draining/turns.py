@@ -188,6 +188,8 @@ class Draining:
             self.applied += progress.applied
         if progress.latest_at:
             self.lag_seconds = max(0.0, time.time() - progress.latest_at)
+        if progress.due_in < LINGER_SECONDS:
+            asyncio.get_running_loop().call_later(progress.due_in, self._ring, lane)
         if progress.wake:
             await self.wake(Lane(lane.handler, number) for number in progress.wake)
 
@@ -246,6 +248,11 @@ class Draining:
                         await self._heard(message)
             except (RedisError, OSError):
                 await asyncio.sleep(random.uniform(0.2, 1.0))  # noqa: S311 - jitter, not a secret
+
+    def _ring(self, lane: Lane) -> None:
+        """Wake whoever drains the lane in this worker; elsewhere, and later, the sweep finds what is due."""
+        if lane in self._bells:
+            self._bells[lane].set()
 
     def _ring_all(self) -> None:
         self.queued.set()

@@ -247,7 +247,7 @@ class Unparking:
         """Let the next of these keys be due, where one of them may be held behind what has gone."""
         if any(row.holding > row.parked for row in turn.along.values()):
             keys = sorted({key for row in rows for key in row.kept.keys})
-            turn.progress.wake |= await held.promote(turn.session, turn.lane.handler, keys)
+            await self._applying.release(turn, keys)
 
     # What the handler is called with
 

@@ -349,6 +349,44 @@ async def test_what_waits_behind_a_dead_letter_goes_on(at: Bench, on: Handlers, 
     assert await at.counters() == (3, 1, 0)
 
 
+async def test_what_waited_behind_a_failure_is_applied_together_and_in_order(at: Bench) -> None:
+    on, calls = Handlers(), []
+    bad = {0, 30}
+
+    @on.change("items", name="many", batch=100, lane_key="grp")
+    async def many(changes: list[Change], session: AsyncSession) -> None:
+        ids = [change.record["id"] for change in changes if change.record is not None]
+        calls.append(ids)
+        for change in changes:
+            await write(session, change, "many")
+        if not bad.isdisjoint(ids):
+            raise ValueError("one of them")
+
+    await at.load(on)
+    for id_ in range(50):
+        at.take("items", item(id_, 1))
+    await at.journal.flush()
+    lane, drain = at.lane_of("many", item(1, 1)), at.drain("many")
+    while (await drain.run(lane)).ended is Pass.MORE:
+        pass
+    assert await at.counters() == (0, 50, 0)
+    bad.remove(0)
+    calls.clear()
+    await at.make_due()
+    await drain.run(lane)
+    assert await at.log() == list(range(30))
+    assert await at.holding_is_true()
+    assert await at.counters() == (30, 20, 0)
+    assert [len(ids) for ids in calls][:2] == [1, 32]  # what comes first, then as many as a first pass takes
+    bad.clear()
+    calls.clear()
+    await at.settle(drain)
+    assert calls == [[30], list(range(31, 50))]
+    assert await at.log() == list(range(50))
+    assert await at.holding_is_true()
+    assert await at.counters() == (50, 0, 0)
+
+
 async def test_a_key_that_waits_holds_up_no_other_however_much_waits_behind_it(
     at: Bench, on: Handlers, faults: Faults
 ) -> None:
