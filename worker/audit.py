@@ -3,7 +3,7 @@
 Row values of edits are kept here, in the database that has them anyway, and nowhere else. Decides nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -36,21 +36,25 @@ async def note(
     connection: AsyncConnection,
     operator: Operator,
     action: Action,
-    about: About,
+    abouts: Sequence[About],
     details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Note a decision, in the caller's transaction."""
+    """Note a decision about each of these, in the caller's transaction."""
+    told = None if details is None else _encode(details).decode()
     await connection.execute(
         _NOTE,
-        {
-            "who": operator.name,
-            "via": operator.via,
-            "action": action,
-            "handler": about.handler,
-            "dead_letter": about.dead_letter,
-            "lane_key": None if about.lane_key is None else about.lane_key.decode(),
-            "details": None if details is None else _encode(details).decode(),
-        },
+        [
+            {
+                "who": operator.name,
+                "via": operator.via,
+                "action": action,
+                "handler": about.handler,
+                "dead_letter": about.dead_letter,
+                "lane_key": None if about.lane_key is None else about.lane_key.decode(),
+                "details": told,
+            }
+            for about in abouts
+        ],
     )
 
 

@@ -163,8 +163,8 @@ async def show(connection: AsyncConnection, id_: int) -> dict[str, Any]:
     found = await find(connection, Which(ids=(id_,)))
     if not found:
         raise unknown([id_])
-    newer = await overtaking.told(connection, id_)
-    return found[0].told_wholly() | {"newer": newer, "audit": await audit.trail(connection, id_)}
+    newer = await overtaking.told(connection, [id_])
+    return found[0].told_wholly() | {"newer": newer[id_], "audit": await audit.trail(connection, id_)}
 
 
 def unknown(ids: Sequence[int]) -> Unknown:

@@ -6,7 +6,7 @@ Nothing here knows what is decided.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from sqlalchemy import text
@@ -36,8 +36,7 @@ _COUNT = text("select coalesce(lanes, 0) from tailrace.source")
 # A listener that changes the number of lanes holds this row; one that renews its lease holds it for a moment.
 _SAME_COUNT = text("select coalesce(lanes, 0) from tailrace.source for share nowait")
 _HOLDING = text(
-    "update tailrace.lanes set holding = holding + :rows"
-    " where handler = :handler and lane = any(cast(:lanes as integer[]))"
+    "update tailrace.lanes set holding = holding + :rows where handler = :handler and lane = :lane"
 )
 
 
@@ -87,6 +86,8 @@ async def keep_count(connection: AsyncConnection, count: int) -> None:
         raise LanesChangedError
 
 
-async def count_holding(connection: AsyncConnection, handler: str, lanes: Sequence[int], rows: int) -> None:
-    """Count held rows that concern lanes, under their locks."""
-    await connection.execute(_HOLDING, {"handler": handler, "lanes": list(lanes), "rows": rows})
+async def count_holding(connection: AsyncConnection, handler: str, rows: Mapping[int, int]) -> None:
+    """Count held rows that concern lanes (so many more for each of them), under their locks."""
+    if rows:
+        counts = [{"handler": handler, "lane": lane, "rows": number} for lane, number in rows.items()]
+        await connection.execute(_HOLDING, counts)

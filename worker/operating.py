@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import dead_letters, pausing, redriving
 from worker.asked import Operator, Which
+from worker.dead_letters import DeadLetter
 from worker.errors import Refused
 from worker.lanes import Lane, Lanes
 from worker.redriving import Edit
@@ -103,8 +104,8 @@ class Operations:
     ) -> list[dict[str, Any]]:
         """Redrive or discard all that are meant, in the order of their ids; `dry_run` only says which.
 
-        Each is a decision of its own. What somebody else has decided meanwhile is left out; where one is
-        refused, `refused` of it says why, and the others go on.
+        Each is a decision of its own, though many are carried out together. What somebody else has decided
+        meanwhile is left out; where one is refused, `refused` of it says why, and the others go on.
 
         Raises:
             Unknown: an id is none; nothing was done.
@@ -115,10 +116,34 @@ class Operations:
                 raise dead_letters.unknown(missing)
         told: list[dict[str, Any]] = []
         after: int | None = None
-        while page := await self.find(which, after=after, most=AT_ONCE):
-            after = page[-1]["id"]
-            told += page if dry_run else [await self._decided(operator, action, one) for one in page]
+        while page := await self._page(which, after):
+            after = page[-1].id
+            if dry_run:
+                told += [one.told() for one in page]
+            elif action == "redrive":
+                told += await self._redriven(operator, page)
+            else:
+                told += [await self._decided(operator, action, one.told()) for one in page]
         return told
+
+    async def _page(self, which: Which, after: int | None) -> list[DeadLetter]:
+        async with self._engine.connect() as connection:
+            return await dead_letters.find(connection, which, after=after, most=AT_ONCE)
+
+    async def _redriven(self, operator: Operator, page: Sequence[DeadLetter]) -> list[dict[str, Any]]:
+        told: dict[int, dict[str, Any]] = {}
+        async with self._engine.connect() as connection:
+            groups = await redriving.grouped(connection, page)
+        for group in groups:
+            try:
+                done = await redriving.redrive_together(self._engine, operator, [one.id for one in group])
+            except Refused:  # which of them, and why?
+                for one in group:
+                    told[one.id] = await self._decided(operator, "redrive", one.told())
+            else:
+                await self._wake({lane for one in done for lane in one.wake})
+                told |= {one.told["id"]: one.told for one in done}
+        return [told[one.id] for one in page]
 
     async def _decided(
         self, operator: Operator, action: Literal["redrive", "discard"], one: dict[str, Any]

@@ -5,7 +5,7 @@ have thousands. What was applied after an earlier one is the sum of what is note
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Final, NamedTuple, TypedDict
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -28,19 +28,21 @@ _NOTE = text(
     " overtaken_lsn = sums.last[1], overtaken_ordinal = sums.last[2] from sums where d.id = sums.before"
 )
 _TOLD = text(
-    "select coalesce(sum(l.overtaken_by), 0)::bigint, max(array[l.overtaken_lsn, l.overtaken_ordinal])"
-    "  filter (where l.overtaken_lsn is not null)"
+    "select d.id, coalesce(sum(l.overtaken_by), 0)::bigint,"
+    "  max(array[l.overtaken_lsn, l.overtaken_ordinal]) filter (where l.overtaken_lsn is not null)"
     " from tailrace.held d join tailrace.held l on l.handler = d.handler and l.id >= d.id"
-    "  and l.status = 'dead' and (l.id = d.id or l.keys && d.keys) where d.id = :id"
+    "  and l.status = 'dead' and (l.id = d.id or l.keys && d.keys)"
+    " where d.id = any(cast(:ids as bigint[])) group by d.id"
 )
-# What is noted at one that goes is kept for those before it.
-_HAND_DOWN = text(
+HAND_DOWN: Final = (
     "update tailrace.held e set overtaken_by = e.overtaken_by + d.overtaken_by,"
     " overtaken_lsn = d.overtaken_lsn, overtaken_ordinal = d.overtaken_ordinal"
     " from tailrace.held d where d.id = :id and d.overtaken_by > 0 and not d.redriven"
     " and e.id = (select max(id) from tailrace.held where handler = d.handler and status = 'dead'"
     "  and keys && d.keys and id < d.id)"
 )
+"""What is noted at a dead letter that goes (`:id`) is kept for those before it."""
+_HAND_DOWN = text(HAND_DOWN)
 
 
 class Applied(NamedTuple):
@@ -61,10 +63,21 @@ async def note(session: AsyncSession, handler: str, changes: Sequence[Applied]) 
     await connection.execute(_NOTE, parameters | {"once": list(dict.fromkeys(keys))})
 
 
-async def told(connection: AsyncConnection, dead_letter: int) -> dict[str, Any]:
-    """Tell how many newer changes of its keys were applied since it died, and where the last one stands."""
-    count, last = (await connection.execute(_TOLD, {"id": dead_letter})).one()
-    return {"count": count, "position": None if last is None else str(Position(*last))}
+class Newer(TypedDict):
+    """Newer changes of a dead letter's keys that were applied since it died."""
+
+    count: int
+    position: str | None
+    """Of the last of them."""
+
+
+async def told(connection: AsyncConnection, dead_letters: Sequence[int]) -> dict[int, Newer]:
+    """Tell of each how many newer changes were applied since it died, and where the last one stands."""
+    found = await connection.execute(_TOLD, {"ids": list(dead_letters)})
+    return {
+        id_: Newer(count=count, position=None if last is None else str(Position(*last)))
+        for id_, count, last in found
+    }
 
 
 async def hand_down(connection: AsyncConnection, dead_letter: int) -> None:

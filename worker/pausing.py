@@ -100,7 +100,7 @@ async def _set(engine: AsyncEngine, operator: Operator, handler: str, *, paused:
         changed = (await connection.execute(_SET, {"handler": handler, "paused": paused})).one_or_none()
         row = await _handler(connection, handler)
         if changed is not None:
-            await audit.note(connection, operator, "pause" if paused else "resume", About(handler))
+            await audit.note(connection, operator, "pause" if paused else "resume", [About(handler)])
         count = await deciding.count_lanes(connection)
     told = {
         "handler": handler,
@@ -150,8 +150,8 @@ async def pause_key(engine: AsyncEngine, operator: Operator, handler: str, key: 
             at = (await connection.execute(_AT, about)).one()
             await connection.execute(_PUT_MARK, about | {"lsn": at[0], "ordinal": at[1]})
             await connection.execute(_NOT_DUE, about)
-            await deciding.count_holding(connection, handler, (lane,), 1)
-            await audit.note(connection, operator, "pause", About(handler, lane_key=key))
+            await deciding.count_holding(connection, handler, {lane: 1})
+            await audit.note(connection, operator, "pause", [About(handler, lane_key=key)])
         return _told_of_key(handler, key, paused=True, changed=changed)
 
     return await _with_lane(engine, handler, key, act)
@@ -171,7 +171,7 @@ async def resume_key(engine: AsyncEngine, operator: Operator, handler: str, key:
         if mark is None:
             raise Unknown(f"lane key {key.decode()} of {handler} is not paused")
         await connection.execute(_DELETE, {"id": mark.id})
-        await deciding.count_holding(connection, handler, (lane,), -1)
+        await deciding.count_holding(connection, handler, {lane: -1})
         wake = {lane}
         if (await _handler(connection, handler)).kind == "derive":
             # It stood for what came meanwhile: also for a backfill, which counts no changes.
@@ -181,9 +181,9 @@ async def resume_key(engine: AsyncEngine, operator: Operator, handler: str, key:
                 at = Position(mark.lsn, mark.ordinal)
                 kept = Kept((lane,), (key,), at, "key", b"", mark.changes)
                 await held.hold(session, handler, [(kept, None)], at_once=True)
-                await deciding.count_holding(connection, handler, (lane,), 1)
+                await deciding.count_holding(connection, handler, {lane: 1})
         wake |= await held.promote(session, handler, [key])
-        await audit.note(connection, operator, "resume", About(handler, lane_key=key))
+        await audit.note(connection, operator, "resume", [About(handler, lane_key=key)])
         told = _told_of_key(handler, key, paused=False, changed=True)
         return told._replace(wake={Lane(handler, number) for number in wake})
 

@@ -5,6 +5,7 @@ applied twice. A redriven change is tried after newer changes of its key may hav
 the person asked for.
 """
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,9 +26,13 @@ from worker.typed import as_stored
 
 _STATE = text("select state from tailrace.handlers where name = :handler")
 _TAKE_HANDLER = text("select name from tailrace.handlers where name = :handler for no key update nowait")
-_TAKE = text("select id from tailrace.held where id = :id and status = 'dead' for update")
+_TAKE = text(
+    "select id from tailrace.held where id = any(cast(:ids as bigint[])) and status = 'dead'"
+    " order by id for update"
+)
 _REDRIVE = text(
-    "update tailrace.held d set status = 'retrying', halts = false, attempts = 0, redriven = true,"
+    f"with handed_down as ({overtaking.HAND_DOWN})"  # noqa: S608 - made of constants
+    " update tailrace.held d set status = 'retrying', halts = false, attempts = 0, redriven = true,"
     " told_at = null, lanes = :lanes, payload = :payload,"
     # Behind another one it is made due when that has gone, as every held change is.
     " next_attempt_at = case when not exists (select from tailrace.held e where e.handler = d.handler"
@@ -63,37 +68,68 @@ async def redrive(engine: AsyncEngine, operator: Operator, id_: int, edit: Edit 
         Unknown: there is no dead letter of this id.
         Refused: nobody would apply it, or the edit does not fit.
     """
+    (done,) = await redrive_together(engine, operator, [id_], edit)
+    return done
 
-    async def act(session: AsyncSession, letter: DeadLetter) -> Decided:
+
+async def redrive_together(
+    engine: AsyncEngine, operator: Operator, ids: Sequence[int], edit: Edit | None = None
+) -> list[Decided]:
+    """Have dead letters of one handler tried again, in one transaction and in the order of their ids.
+
+    All their lanes are locked until it ends: those of a few, or of one lane.
+
+    Args:
+        engine: of the database.
+        operator: who wants it.
+        ids: of them.
+        edit: other values, for the only one.
+
+    Raises:
+        Unknown: one of them is no dead letter, or no longer; nothing was done.
+        Refused: nobody would apply them, or the edit does not fit; nothing was done.
+    """
+
+    async def act(session: AsyncSession, letters: list[DeadLetter]) -> list[Decided]:
         connection = await session.connection()
+        handler = letters[0].handler
         count = await deciding.count_lanes(connection)
-        lanes = _lanes_among(count, letter)
-        if (await connection.execute(_STATE, {"handler": letter.handler})).scalar_one() != "active":
+        lanes = {letter.id: _lanes_among(count, letter) for letter in letters}
+        if (await connection.execute(_STATE, {"handler": handler})).scalar_one() != "active":
             raise Refused(
-                f"handler {letter.handler} is not loaded any more: nobody would apply dead letter {id_};"
+                f"handler {handler} is not loaded any more: nobody would apply dead letter {letters[0].id};"
                 " bring it back, or discard it"
             )
-        letter, there = await _lock(connection, letter, lanes)
+        concerned = sorted(set().union(*lanes.values()))
+        letters, there = await _lock(connection, letters, concerned)
         await deciding.keep_count(connection, count)
-        if there != set(lanes):
+        if there != set(concerned):
             raise deciding.LanesChangedError
-        payload, details = letter.payload, None
+        payloads, details = {letter.id: letter.payload for letter in letters}, None
         if edit is not None:
-            edited, stored = await _edited(connection, letter, edit)
-            payload, details = edited.payload, {"before": edited.before, "after": stored}
-        newer = await overtaking.told(connection, letter.id)
-        await overtaking.hand_down(connection, letter.id)
-        changed = {"id": letter.id, "lanes": lanes, "payload": payload}
-        await connection.execute(_REDRIVE, changed)
-        if not letter.halts:  # one that halts is counted already
-            await deciding.count_holding(connection, letter.handler, lanes, 1)
-        await audit.note(connection, operator, "redrive", About(letter.handler, letter.id), details)
-        return Decided(
-            letter.told() | {"status": "retrying", "attempts": 0, "newer": newer},
-            {Lane(letter.handler, lanes[0])},
+            edited, stored = await _edited(connection, letters[0], edit)
+            payloads[letters[0].id] = edited.payload
+            details = {"before": edited.before, "after": stored}
+        newer = await overtaking.told(connection, [letter.id for letter in letters])
+        # Each in its turn: what is noted at one is handed to those before it that are still dead then.
+        await connection.execute(
+            _REDRIVE,
+            [{"id": one.id, "lanes": lanes[one.id], "payload": payloads[one.id]} for one in letters],
         )
+        # One that halts is counted already.
+        holding = Counter(lane for one in letters if not one.halts for lane in lanes[one.id])
+        await deciding.count_holding(connection, handler, holding)
+        abouts = [About(handler, letter.id) for letter in letters]
+        await audit.note(connection, operator, "redrive", abouts, details)
+        return [
+            Decided(
+                letter.told() | {"status": "retrying", "attempts": 0, "newer": newer[letter.id]},
+                {Lane(handler, lanes[letter.id][0])},
+            )
+            for letter in letters
+        ]
 
-    return await _decide(engine, id_, act)
+    return await _decide(engine, ids, act)
 
 
 async def discard(engine: AsyncEngine, operator: Operator, id_: int) -> Decided:
@@ -103,9 +139,9 @@ async def discard(engine: AsyncEngine, operator: Operator, id_: int) -> Decided:
         Unknown: there is no dead letter of this id.
     """
 
-    async def act(session: AsyncSession, letter: DeadLetter) -> Decided:
+    async def act(session: AsyncSession, letters: list[DeadLetter]) -> list[Decided]:
         connection = await session.connection()
-        letter, there = await _lock(connection, letter, letter.lanes)
+        (letter,), there = await _lock(connection, letters, letters[0].lanes)
         about = {"handler": letter.handler, "changes": letter.changes}
         await connection.execute(_TAKE_HANDLER, about)
         await overtaking.hand_down(connection, letter.id)
@@ -116,39 +152,60 @@ async def discard(engine: AsyncEngine, operator: Operator, id_: int) -> Decided:
         await connection.execute(_FILTERED, about)
         wake: set[Lane] = set()
         if letter.halts:
-            await deciding.count_holding(connection, letter.handler, letter.lanes, -1)
+            await deciding.count_holding(connection, letter.handler, dict.fromkeys(letter.lanes, -1))
             keys = [key.encode() for key in letter.keys]
             wake = {Lane(letter.handler, n) for n in await held.promote(session, letter.handler, keys)}
         told = letter.told()
         kept = {name: told[name] for name in ("schema", "table", "type", "key", "position", "error_class")}
-        await audit.note(connection, operator, "discard", About(letter.handler, letter.id), kept)
-        return Decided(told | {"status": "discarded"}, wake)
+        await audit.note(connection, operator, "discard", [About(letter.handler, letter.id)], kept)
+        return [Decided(told | {"status": "discarded"}, wake)]
 
-    return await _decide(engine, id_, act)
+    (done,) = await _decide(engine, [id_], act)
+    return done
 
 
 async def _decide(
-    engine: AsyncEngine, id_: int, act: Callable[[AsyncSession, DeadLetter], Awaitable[Decided]]
-) -> Decided:
-    async def step(session: AsyncSession) -> Decided:
-        found = await find(await session.connection(), Which(ids=(id_,)))
-        if not found:
-            raise unknown([id_])
-        return await act(session, found[0])
+    engine: AsyncEngine,
+    ids: Sequence[int],
+    act: Callable[[AsyncSession, list[DeadLetter]], Awaitable[list[Decided]]],
+) -> list[Decided]:
+    async def step(session: AsyncSession) -> list[Decided]:
+        return await act(session, await _found(await session.connection(), ids))
 
-    return await deciding.in_one_transaction(engine, step, about=f"dead letter {id_}")
+    about = f"dead letter {ids[0]}" if len(ids) == 1 else f"dead letters {ids[0]} to {ids[-1]}"
+    return await deciding.in_one_transaction(engine, step, about=about)
+
+
+async def _found(connection: AsyncConnection, ids: Sequence[int]) -> list[DeadLetter]:
+    found = await find(connection, Which(ids=tuple(ids)))
+    if missing := sorted(set(ids) - {one.id for one in found}):
+        raise unknown(missing)
+    return found
 
 
 async def _lock(
-    connection: AsyncConnection, letter: DeadLetter, lanes: Sequence[int]
-) -> tuple[DeadLetter, set[int]]:
-    """Take the rows of the lanes, then the dead letter; return it as it is now, and the lanes there are."""
-    there = await deciding.lock_lanes(connection, letter.handler, lanes)
-    await connection.execute(_TAKE, {"id": letter.id})
-    found = await find(connection, Which(ids=(letter.id,)))
-    if not found:
-        raise unknown([letter.id])
-    return found[0], there
+    connection: AsyncConnection, letters: Sequence[DeadLetter], lanes: Sequence[int]
+) -> tuple[list[DeadLetter], set[int]]:
+    """Take the rows of the lanes, then the dead letters; return these as they are now, and what lanes are."""
+    there = await deciding.lock_lanes(connection, letters[0].handler, lanes)
+    ids = [letter.id for letter in letters]
+    await connection.execute(_TAKE, {"ids": ids})
+    return await _found(connection, ids), there
+
+
+async def grouped(connection: AsyncConnection, letters: Sequence[DeadLetter]) -> list[list[DeadLetter]]:
+    """Put dead letters into groups to be redriven together, so that those of each key keep their order.
+
+    By their lane: so no more than one is locked at a time. Each is for itself where one has several lanes.
+    """
+    count = await deciding.count_lanes(connection)
+    groups: dict[tuple[str, int], list[DeadLetter]] = {}
+    for letter in letters:
+        lanes = _lanes_among(count, letter)
+        if len(lanes) != 1:
+            return [[one] for one in letters]
+        groups.setdefault((letter.handler, lanes[0]), []).append(letter)
+    return list(groups.values())
 
 
 def _lanes_among(count: int, letter: DeadLetter) -> list[int]:
