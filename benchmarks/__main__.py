@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import big, catch_up, drain, end_to_end, goals, idle, latency
+from benchmarks import big, catch_up, drain, end_to_end, goals, idle, latency, poison
 from benchmarks.report import Report, machine
 from examples.demo.processes import DemoError
 
@@ -58,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--workers", type=_whole, default=1, help="worker processes (%(default)s)")
     sixth = names.add_parser("idle", help=idle.TITLE, description=idle.TITLE)
     sixth.add_argument("--seconds", type=_positive, default=60.0, help="of all rounds together (%(default)s)")
+    seventh = names.add_parser("poison", help=poison.TITLE, description=poison.TITLE)
+    seventh.add_argument("--changes", type=_whole, default=20_000, help="backlog of a round (%(default)s)")
+    seventh.add_argument("--share", type=_positive, default=0.01, help="of them poison (%(default)s)")
+    seventh.add_argument("--only", choices=[*poison.KINDS], action="append", help="only this kind of handler")
     third = names.add_parser("big", help=big.TITLE, description=big.TITLE)
     third.add_argument("--rows", type=_whole, default=1_000_000, help="of the transaction (%(default)s)")
     third.add_argument("--transport", choices=["stream", "windows"], default="stream", help="(%(default)s)")
@@ -70,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         help="setting of the daemon",
     )
     third.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    for one in (first, second, fourth, fifth, sixth):
+    for one in (first, second, fourth, fifth, sixth, seventh):
         one.add_argument("--rounds", type=_whole, default=5, help="of which the median counts (%(default)s)")
         one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return made
@@ -136,6 +140,10 @@ async def _run(options: argparse.Namespace, report: Report) -> None:
         )
     elif options.name == "idle":
         await idle.measure(report, seconds=options.seconds, rounds=options.rounds)
+    elif options.name == "poison":
+        await poison.measure(
+            report, changes=options.changes, share=options.share, rounds=options.rounds, only=options.only
+        )
     else:
         await drain.measure(report, changes=options.changes, rounds=options.rounds, only=options.only)
 

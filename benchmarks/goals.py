@@ -145,6 +145,20 @@ ROWS: Final = (
         ),
     ),
     Row(
+        "poison",
+        "1% poison among 20,000 changes over 500 keys",
+        "≥ 50% of the clean run",
+        (
+            Wanted(
+                "of the clean run",
+                "poison: change handler, one at a time, with poison",
+                50,
+                "%",
+                "poison: change handler, one at a time, clean",
+            ),
+        ),
+    ),
+    Row(
         None,
         "memory",
         "every process under 150 MiB at any backlog",
