@@ -142,7 +142,7 @@ class _Case:
         return float((rows - commits[0][1]) / (commits[-1][0] - commits[0][0]))
 
     async def _redrive(self, worker: Child) -> tuple[float, float]:
-        """Mend the handler and redrive all; dead letters a second of the command, and until all is applied."""
+        """Mend the handler and redrive all; dead letters a second of the command, and until the last."""
         running, number = self._running, len(self._poison)
         await running.db.execute(_MEND)
         command = [*PYTHON, "worker", "dead-letters", "redrive", "--all", "--json"]
