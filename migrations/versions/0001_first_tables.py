@@ -225,7 +225,7 @@ end
 $$
 """
 
-# What is deferred is checked now, and deferred again, in one round trip: after each call that is made with care.
+# What is deferred is checked now, and deferred again, in one round trip: after each call made with care.
 CHECK_CONSTRAINTS = """
 create function tailrace.check_constraints() returns void language plpgsql volatile as $$
 begin
