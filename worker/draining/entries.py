@@ -85,8 +85,9 @@ class Entries:
                 progress.ended = Pass.BUSY
             return [], True
         take: Take = partial(park, derives=self._derives) if parks else self._applying.fresh
-        reads = await self._ready(turn, found)
-        full = full or len(reads) < len(found)
+        seen = await self._seen(turn, found)
+        reads = await self._with_payloads(turn, seen)
+        full = full or len(reads) < len(seen)
         if turn.notes is not None and not parks:
             turn, reads = await self._few(turn, turn.notes, reads)
             full = True
@@ -95,7 +96,10 @@ class Entries:
             batch = await with_kept_keys(turn, self._applying.handler, self._applying.decoder, batch)
             await take(turn, batch)
             progress.last, progress.read = batch[-1], sum(read.entry.changes for read in batch)
-            return [], full or len(batch) < len(reads)
+            full = full or len(batch) < len(reads)
+            if not full and len(seen) < len(found):
+                progress.ended = Pass.SOON  # no bell rings for what has only to become visible
+            return [], full
         if reads and (joint := await self._joint(turn, reads, most, parks=parks)) is not None:
             return await self._together(turn, joint, take)
         if reads:
@@ -142,8 +146,12 @@ class Entries:
         return replace(turn, careful=True), reads[:1]
 
     async def _ready(self, turn: Turn, reads: list[Read]) -> list[Read]:
-        """Cut off what cannot be taken yet, and give the rest their payloads where those are in Postgres."""
-        reads = list(payloads.fitting(await self._seen(turn, reads)))
+        """Cut off what cannot be taken yet, and complete the rest."""
+        return await self._with_payloads(turn, await self._seen(turn, reads))
+
+    async def _with_payloads(self, turn: Turn, reads: list[Read]) -> list[Read]:
+        """Give entries their payloads where those are in Postgres; cut off what is too much at once."""
+        reads = list(payloads.fitting(reads))
         stored = [read for read in reads if read.entry.stored]
         if not stored:
             return reads

@@ -199,11 +199,10 @@ class Journal:
 
     async def _store(self) -> None:
         """Put large payloads of the batch into Postgres, before anybody can find their entries."""
-        found: list[payloads.Stored] = []
-        for one in self._pending[: self._batch]:
-            if len(one.payload) > self._large and (one.handler.name, one.position) not in self._stored:
-                lanes = tuple(sorted(set(one.lanes)))
-                found.append(payloads.Stored(one.handler.name, lanes, one.position, one.payload))
+        found = [
+            payloads.Stored(one.handler.name, tuple(sorted(set(one.lanes))), one.position, one.payload)
+            for one in self._too_large()
+        ]
         if found:
             await self._in_postgres(lambda: payloads.put(self._engine, self.generation, found))
             self._stored.update((one.handler, one.position) for one in found)
@@ -212,10 +211,17 @@ class Journal:
     def _spare(self) -> bool:
         """Find out whether a full Redis can be spared payloads that are in the batch still."""
         spared, self._large = self._large > SPARED_BYTES, min(self._large, SPARED_BYTES)
-        return spared and any(
-            len(one.payload) > self._large and (one.handler.name, one.position) not in self._stored
+        return spared and bool(self._too_large())
+
+    def _too_large(self) -> list[Pending]:
+        """List what has a payload in the batch that is to be in Postgres; keys have none."""
+        return [
+            one
             for one in self._pending[: self._batch]
-        )
+            if len(one.payload) > self._large
+            and one.handler.kind == "change"
+            and (one.handler.name, one.position) not in self._stored
+        ]
 
     def _stage(self) -> None:
         """Turn what is pending into entries; again after a change of generation, for they name each other."""
