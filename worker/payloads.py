@@ -32,6 +32,7 @@ _SWEEP = text(
     "  where l.handler = p.handler and l.lane = any (p.lanes) and h.state = 'active'"
     "  and (l.lsn, l.ordinal) < (p.lsn, p.ordinal)))"
 )
+_STORED = text("select handler, lsn, ordinal from tailrace.payloads where generation = :generation")
 _ANY = text("select exists (select from tailrace.payloads)")
 
 
@@ -95,6 +96,12 @@ async def fetch(
         position, entry = by_position[Position(lsn, ordinal)]
         found[position] = Read(position, msgspec.structs.replace(entry, payload=payload))
     return found
+
+
+async def stored(connection: AsyncConnection, generation: str) -> set[tuple[str, Position]]:
+    """List the payloads that are here for a generation: by handler and position."""
+    found = await connection.execute(_STORED, {"generation": generation})
+    return {(row[0], Position(row[1], row[2])) for row in found}
 
 
 async def sweep(connection: AsyncConnection, token: str) -> bool:

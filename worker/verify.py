@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from config.settings import Settings
-from worker import positions
+from worker import payloads, positions
 from worker.catalogue import Catalogue
 from worker.change import Position, RawChange
 from worker.database import explain, make_engine
@@ -87,8 +87,6 @@ class _Log(NamedTuple):
     changes: int
     lanes: Mapping[Lane, set[Position]]
     """Where each change must be found, unless its lane has passed it."""
-    truncates: set[Position]
-    """Not compared: what becomes of them depends on the handler."""
 
 
 class _Look(NamedTuple):
@@ -98,6 +96,8 @@ class _Look(NamedTuple):
     written: Position
     """The last entry that was written in any lane."""
     entries: Mapping[Lane, Sequence[Read]]
+    stored: set[tuple[str, Position]]
+    """Payloads in Postgres, by handler; read after the entries and before what is passed."""
     passed: Mapping[Lane, Position]
     """Read after the entries: an entry that was trimmed before is below its position now."""
     floor: Position
@@ -208,31 +208,22 @@ class _Verification:
             self._engine, slot=slot, publication=self._settings.publication, names=TypeNames(self._engine)
         )
         routed: dict[Lane, set[Position]] = defaultdict(set)
-        truncates: set[Position] = set()
         changes = 0
         if start < end:
             async with aclosing(reader.read()) as batches:  # type: ignore[type-var] # an async generator
                 async for batch in batches:
                     for position, raw in batch.changes:
-                        changes += self._route(router, position, raw, routed, truncates)
+                        changes += self._route(router, position, raw, routed)
                     if batch.read_to >= end and not batch.open:
                         break
         self.found.log = {"from": as_text(start), "to": as_text(end), "changes": changes}
-        return _Log(start, end, changes, routed, truncates)
+        return _Log(start, end, changes, routed)
 
     def _route(
-        self,
-        router: Router,
-        position: Position,
-        raw: RawChange,
-        routed: dict[Lane, set[Position]],
-        truncates: set[Position],
+        self, router: Router, position: Position, raw: RawChange, routed: dict[Lane, set[Position]]
     ) -> int:
         if (raw.schema, raw.table) not in router.tables:
             return 0
-        if raw.type == "TRUNCATE":
-            truncates.add(position)
-            return 1
         for one in router.route(raw).matched:
             for number in set(one.lanes):
                 routed[Lane(one.handler.name, number)].add(position)
@@ -251,9 +242,11 @@ class _Verification:
                 lane: await self._entries(generation, lane, at.get(lane, Position.ZERO))
                 for lane in await self._lanes.tops(generation)
             }
+            async with self._engine.connect() as connection:
+                stored = await payloads.stored(connection, generation)
             passed = await positions.of_all(self._engine)
             if (await self._source()).generation == before.generation:
-                return _Look(generation, written, entries, passed, before.floor)
+                return _Look(generation, written, entries, stored, passed, before.floor)
         return None
 
     async def _source(self) -> positions.SourceRow:
@@ -278,6 +271,8 @@ class _Verification:
             above = [read for read in reads if read.position > passed]
             queued[lane.handler] += sum(read.entry.changes for read in above)
             self._chain(lane, above, passed, look.floor)
+            bare = [at for at, entry in above if entry.stored and (lane.handler, at) not in look.stored]
+            self._name(lane.handler, bare, "are in a lane, but their payloads are not in tailrace.payloads")
             if log is not None:
                 phantom[lane.handler] += _not_in_log(lane, above, log)
         for lane, expected in log.lanes.items() if log is not None else ():
@@ -324,10 +319,7 @@ def _not_in_log(lane: Lane, reads: Sequence[Read], log: _Log) -> list[Position]:
     return [
         position
         for position, entry in reads
-        if entry.source == "wal"
-        and log.start <= position.lsn < log.end
-        and position not in expected
-        and position not in log.truncates
+        if entry.source == "wal" and log.start <= position.lsn < log.end and position not in expected
     ]
 
 

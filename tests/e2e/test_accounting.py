@@ -90,6 +90,38 @@ async def test_a_backlog_is_counted_and_an_entry_that_vanished_is_named(shop: Pr
         await redis.aclose()
 
 
+async def test_a_truncate_and_a_payload_that_vanished_are_named(shop: Project) -> None:
+    await ready(shop)
+    writer = Writer(shop, seed=36)
+    await writer.write(20)
+    await shop.db.execute(
+        "insert into orders (id, customer_id, status) values (1000, 1, repeat('x', 2000000)); truncate orders"
+    )
+    redis = Redis.from_url(shop.servers.redis.url)
+    try:
+        # A TRUNCATE counts once for the handler that follows it, whichever lanes have it.
+        while (await recounted(shop))["verification"]["handlers"]["totals"]["queued"] < 22:
+            pass
+        await shop.processes[0].kill()
+        assert await shop.db.fetchval("select count(*) from tailrace.payloads") == 1
+        payload = await shop.db.fetchrow("delete from tailrace.payloads returning *")
+        code, told = await status(shop, "--verify")
+        assert (code, told["verification"]["ok"]) == (1, False)
+        assert any("tailrace.payloads" in problem for problem in told["verification"]["problems"])
+        await shop.db.execute("insert into tailrace.payloads values ($1, $2, $3, $4, $5, $6)", *payload)
+        # The last entry of a lane: no other entry names it.
+        ours = f"{shop.environment['WORKER_QUEUE']}:*:lane:totals:*"
+        keys = sorted([key async for key in redis.scan_iter(ours)])
+        assert len(keys) == 4
+        (last,) = await redis.xrevrange(keys[0], count=1)
+        await redis.xdel(keys[0], last[0])
+        code, told = await status(shop, "--verify")
+        found = told["verification"]
+        assert (code, found["handlers"]["totals"]["missing"]) == (1, 1)
+    finally:
+        await redis.aclose()
+
+
 async def test_an_entry_that_is_not_in_the_log_is_named(shop: Project) -> None:
     await ready(shop)
     writer = Writer(shop, seed=33)
