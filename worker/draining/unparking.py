@@ -135,11 +135,18 @@ class Unparking:
         else:
             rows = await self._with_others(turn, rows, lanes, most)
             choice = await self._chosen(turn, rows, lanes)
+            # A lane under suspicion may be waiting for this one, so this one must not wait for that.
+            suspected = [row for row in choice.later if self._is_suspected(turn, row, lanes)]
+            await self._to_held(turn, suspected, due=True)
+            choice.later = [row for row in choice.later if row not in suspected]
         await self._to_held(turn, choice.behind, due=False)
         await self._to_held(turn, choice.alone, due=True)
         if choice.free:
             await self._apply(replace(turn, along=lanes), choice.free)
         return len(choice.later) < choice.seen
+
+    def _is_suspected(self, turn: Turn, row: HeldRow, lanes: Collection[int]) -> bool:
+        return any(Lane(turn.lane.handler, n) in self._suspicions for n in set(row.kept.lanes) - set(lanes))
 
     async def _few(self, turn: Turn, notes: Notes, most: int) -> tuple[Turn, int]:
         """Of a lane under suspicion take a few rows; or judge the first of them."""

@@ -1,5 +1,6 @@
 """Lanes that lag or are paused: their changes wait in Postgres and are applied from there, in order."""
 
+import asyncio
 import random
 from collections.abc import Mapping
 
@@ -251,6 +252,25 @@ async def test_what_goes_to_wait_behind_a_change_that_is_just_being_applied_is_n
     assert await at.log("note") == ["before", "moves"]
     shop.bad = set()
     await until_empty(at, drain)
+
+
+async def test_a_parked_change_of_a_lane_over_which_a_worker_died_is_applied_all_the_same(
+    at: Bench, shop: Shop
+) -> None:
+    await at.load(shop.on)
+    ours, theirs = at.groups("one")[:2]
+    await pause(at, "one")
+    await at.put("items", item(1, theirs, "parked"), item(1, ours))
+    drain = at.drain("one")
+    while await parked(at, "one") != (1, 1):
+        for number in range(2):
+            await drain.run(Lane("one", number))
+    await pause(at, "one", paused=False)
+    # The lane is cleared of suspicion when it has met the other one, which has to apply what is parked first.
+    await at.put("items", item(1, ours, "met"), item(1, theirs))
+    drain.suspect(Lane("one", 1), "the next worker", asyncio.Lock())
+    await until_empty(at, drain)
+    assert await at.log("note") == ["parked", "met"]
 
 
 @pytest.mark.parametrize("seed", range(6))
