@@ -72,6 +72,18 @@ _FROM_HELD = text(
     "  order by w.id limit :most)"
     " returning id"
 )
+# The earlier one is locked without waiting: whoever is just letting it go has already looked for what waits.
+_LET_WAIT = text(
+    "update tailrace.held set next_attempt_at = null where id in ("
+    " select h.id from tailrace.held h cross join lateral (select from tailrace.held e"
+    "  where e.handler = h.handler and e.waits and e.id < h.id and e.keys && h.keys"
+    "  and e.status <> 'parked'"
+    "  and (e.status <> 'retrying' or e.attempts > 0 or e.next_attempt_at is null)"
+    "  order by e.id limit 1 for key share nowait) earlier"
+    " where h.handler = :handler and h.status = 'retrying' and h.attempts = 0"
+    "  and h.next_attempt_at <= clock_timestamp() order by h.id limit :most for update of h skip locked)"
+)
+MOST_AT_ONCE = 100
 _DELETE = text("delete from tailrace.held where id = any(cast(:ids as bigint[]))")
 _LANES = text(
     "select l.handler, l.lane from tailrace.lanes l join tailrace.handlers h on h.name = l.handler"
@@ -171,6 +183,18 @@ async def from_held(session: AsyncSession, lane: Lane, keys: Sequence[bytes], mo
     parameters = {"handler": lane.handler, "lane": lane.number, "most": most}
     found = await connection.execute(_FROM_HELD, parameters | {"keys": [key.decode() for key in keys]})
     return len(found.all())
+
+
+async def let_wait(session: AsyncSession, handler: str) -> None:
+    """Let held rows that are due, but behind a row that waits for long, wait for that one.
+
+    Otherwise they would pass for rows that are on their way, and all behind them would stay parked.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: such a row is being let go just now (the lane is busy).
+    """
+    connection = await session.connection()
+    await connection.execute(_LET_WAIT, {"handler": handler, "most": MOST_AT_ONCE})
 
 
 async def let_go(session: AsyncSession, ids: Sequence[int]) -> None:

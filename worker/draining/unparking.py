@@ -143,7 +143,11 @@ class Unparking:
         await self._to_held(turn, choice.alone, due=True)
         if choice.free:
             await self._apply(replace(turn, along=lanes), choice.free)
-        return len(choice.later) < choice.seen
+        if len(choice.later) < choice.seen:
+            return True
+        # What they wait for may be due and yet have to wait, for one that has failed meanwhile.
+        await parked.let_wait(turn.session, lane.handler)
+        return False
 
     def _is_suspected(self, turn: Turn, row: HeldRow, lanes: Collection[int]) -> bool:
         return any(Lane(turn.lane.handler, n) in self._suspicions for n in set(row.kept.lanes) - set(lanes))

@@ -273,6 +273,32 @@ async def test_a_parked_change_of_a_lane_over_which_a_worker_died_is_applied_all
     assert await at.log("note") == ["parked", "met"]
 
 
+async def test_what_is_due_behind_a_change_that_fails_holds_up_no_other_key(at: Bench, shop: Shop) -> None:
+    await at.load(shop.on)
+    ours, theirs = at.groups("one")[:2]
+    another = next(n for n in range(ours + 1, 1000) if at.lane_of("one", item(0, n)).number == 0)
+    drain = at.drain("one")
+    shop.bad = {"bad"}
+    await at.put("items", item(1, theirs, "bad"))
+    await drain.run(Lane("one", 1))
+    await pause(at, "one")
+    await at.put("items", item(2, theirs, "moves"), item(2, ours))
+    await at.put("items", item(3, ours, "behind"))
+    while await parked(at, "one") != (2, 2):
+        for number in range(2):
+            await drain.run(Lane("one", number))
+    await pause(at, "one", paused=False)
+    await at.put("items", item(4, another, "free"))
+    # What is parked of a lane over which a worker has died is due at once, but has to wait all the same.
+    drain.suspect(Lane("one", 1), "the next worker", asyncio.Lock())
+    for _ in range(6):
+        await drain.run(Lane("one", 0))
+    assert await at.log("note") == ["free"]
+    shop.bad = set()
+    await until_empty(at, drain)
+    assert await at.log("note") == ["free", "bad", "moves", "behind"]
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_random_pauses_failures_moves_and_kills(
     at: Bench, shop: Shop, seed: int, monkeypatch: pytest.MonkeyPatch
