@@ -13,7 +13,7 @@ ARGS   ?=
 # Tests mostly wait for processes of their own: two at a time, whole files each. PROCESSES=0 for a debugger.
 PROCESSES ?= 2
 
-.PHONY: help setup run test bench chaos check format lint types contracts lock clean
+.PHONY: help setup run test bench chaos awaits check format lint types contracts lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ bench: $(STAMP) ## the benchmarks (ARGS="drain --json FILE" and others: ARGS=--h
 
 chaos: $(STAMP) ## proven delivery while everything dies at random (ARGS="--seed 7 --seconds 120")
 	@exec $(BIN)/python -m tests.chaos $(ARGS)
+
+awaits: $(STAMP) ## both processes killed at every await (ARGS="--seed 5 --deed stop", ARGS="--only lease.py")
+	@$(BIN)/python -m tests.awaits --process listener $(ARGS)
+	@exec $(BIN)/python -m tests.awaits --process worker $(ARGS)
 
 check: $(STAMP) ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .

@@ -338,7 +338,13 @@ def _settings(database_url: str, redis_url: str, supabase_url: str, handlers: st
 
 @asynccontextmanager
 async def project(
-    servers: Servers, tables: str, handlers: str, *, behaviour: Behaviour | None = None, **settings: str
+    servers: Servers,
+    tables: str,
+    handlers: str,
+    *,
+    behaviour: Behaviour | None = None,
+    poll_interval: float = 0.005,
+    **settings: str,
 ) -> AsyncIterator[Project]:
     """Make a project.
 
@@ -347,6 +353,7 @@ async def project(
         tables: SQL that makes its tables; all of public are published, but those named `derived_…`.
         handlers: value of HANDLERS.
         behaviour: of the stand-in.
+        poll_interval: of the stand-in, in seconds.
         settings: further environment.
     """
     postgres = servers.postgres
@@ -362,7 +369,7 @@ async def project(
     )
     for row in published:
         await db.execute(f"alter publication supabase_realtime add table {row[0]}")
-    async with Standin(url, jwt_secret=SECRET, behaviour=behaviour, poll_interval=0.005) as standin:
+    async with Standin(url, jwt_secret=SECRET, behaviour=behaviour, poll_interval=poll_interval) as standin:
         environment = _settings(url, servers.redis.url, standin.supabase_url, handlers)
         environment |= {"SUPABASE_SERVICE_ROLE_KEY": standin.service_role_key} | settings
         made = Project(servers, url, standin, db, environment)
