@@ -1,6 +1,7 @@
 """Changes that fail: they hold back their own key, are dead letters in the end, and lose nobody else's."""
 
 import asyncio
+import json
 import random
 import signal
 from collections import defaultdict
@@ -42,25 +43,45 @@ async def write(
     return dict(good)
 
 
-async def applied(shop: Project) -> dict[int, list[int]]:
+async def applied(shop: Project, which: str = "true") -> dict[int, list[int]]:
     found: dict[int, list[int]] = defaultdict(list)
-    for row in await shop.db.fetch("select customer_id, version from derived_log order by seq"):
+    query = f"select customer_id, version from derived_log where {which} order by seq"
+    for row in await shop.db.fetch(query):
         found[row[0]].append(row[1])
     return dict(found)
 
 
-async def test_poison_rows_become_dead_letters_and_all_others_are_applied_in_order(shop: Project) -> None:
+async def test_poison_rows_become_dead_letters_are_mended_and_redriven_in_order(shop: Project) -> None:
     await ready(shop)
     await shop.worker()
     chance = random.Random(1)
-    statuses = ["poison" if chance.random() < 0.01 else "new" for _ in range(2_000)]
+    statuses = ["poison" if chance.random() < 0.01 else "new" for _ in range(4_000)]
     poisoned = statuses.count("poison")
-    good = await write(shop, statuses, customers=50)
-    await shop.until("select count(*) from tailrace.held where status = 'dead'", poisoned)
-    await shop.until("select count(*) from derived_log", 2_000 - poisoned)
+    good: dict[int, list[int]] = defaultdict(list)
+    bad: dict[int, list[int]] = defaultdict(list)
+    for version, status in enumerate(statuses):
+        (bad if status == "poison" else good)[version % 500].append(version)
+    for first in range(0, 4_000, 20):
+        await shop.db.execute(
+            "insert into orders (customer_id, status, version)"
+            " select ($2::int + n) % 500, ($1::text[])[n + 1], $2 + n from generate_series(0, 19) n",
+            statuses[first : first + 20],
+            first,
+        )
+    await shop.until("select count(*) from tailrace.held where status = 'dead'", poisoned, 60)
+    await shop.until("select count(*) from derived_log", 4_000 - poisoned, 60)
     assert await applied(shop) == good
-    dead = await shop.db.fetch("select attempts, error_class, error from tailrace.held")
-    assert {tuple(row) for row in dead} == {(3, "ValueError", "this order is poison")}
+    dead = await shop.db.fetch("select attempts, error_class, error, traceback from tailrace.held")
+    assert {tuple(row)[:3] for row in dead} == {(3, "ValueError", "this order is poison")}
+    assert all("failing_handlers.py" in row["traceback"] for row in dead)
+
+    await shop.db.execute("insert into derived_mended default values")
+    code, output = await shop.run("dead-letters", "redrive", "--all", "--json")
+    assert (code, len(json.loads(output))) == (0, poisoned)
+    await shop.until("select count(*) from derived_log", 4_000, 60)
+    assert await applied(shop, "source = 'redrive'") == bad
+    assert await applied(shop, "source <> 'redrive'") == good
+    assert await shop.db.fetchval("select count(*) from tailrace.held") == 0
 
 
 async def test_a_change_that_crashes_its_worker_is_found_out(shop: Project) -> None:
