@@ -51,6 +51,10 @@ async def test_what_was_written_applied_and_given_up_is_told(shop: Project) -> N
     assert told["tailrace_changes_read_total", "log"] == 42
     assert told["tailrace_changes_applied_total", "log"] == 40
     assert told["tailrace_changes_held", "log"] == told["tailrace_changes_queued", "log"] == 0
+    # Labels in the order of their names: error_class, handler, status.
+    failing = ("ValueError", "log", "dead")
+    assert (told["tailrace_failing_changes", *failing], told["tailrace_failing_attempts", *failing]) == (2, 6)
+    assert told["tailrace_failing_oldest_seconds", *failing] > 0
     assert told["tailrace_leader",] == told["tailrace_state_readable",] == 1
     assert told["tailrace_gaps_open",] == 0
     assert told["tailrace_slot_wal_status", "reserved"] + told["tailrace_slot_wal_status", "extended"] == 1

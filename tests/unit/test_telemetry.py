@@ -46,6 +46,16 @@ def state(**parts: Any) -> dict[str, Any]:
             "lag_seconds": 0.1,
             "lag_bytes": 512,
         },
+        "failures": [
+            {
+                "handler": "totals",
+                "error_class": "ValueError",
+                "status": "held",
+                "changes": 4,
+                "attempts": 9,
+                "oldest_seconds": 61.5,
+            }
+        ],
         "workers": ["one", "two"],
         "counts": {
             "gaps_open": 2,
@@ -90,6 +100,14 @@ def test_labels_are_those_of_the_table() -> None:
     meters.outcome("totals", 1, 1, {"ValueError": 1})
     for sample in [*of_listener(LEADS, state()), *meters.samples()]:
         assert len(sample.labels) == len(METRICS[sample.name].labels), sample.name
+
+
+def test_what_fails_is_told_by_the_class_of_its_error() -> None:
+    found = told(of_listener(LEADS, state()))
+    of_class = ("totals", "ValueError", "held")
+    assert found["tailrace_failing_changes", *of_class] == 4
+    assert found["tailrace_failing_attempts", *of_class] == 9
+    assert found["tailrace_failing_oldest_seconds", *of_class] == 61.5
 
 
 def test_what_is_queued_is_not_among_what_was_read() -> None:

@@ -39,6 +39,7 @@ class Sample(NamedTuple):
 
 
 _HANDLER = ("handler",)
+_FAILING = ("handler", "error_class", "status")
 _SOURCE = ("source",)
 
 _ALL: Final = (
@@ -80,6 +81,17 @@ _ALL: Final = (
     ),
     Metric("tailrace_changes_parked", "gauge", _HANDLER, "listener", "Changes parked in Postgres."),
     Metric("tailrace_changes_dead", "gauge", _HANDLER, "listener", "Dead letters."),
+    Metric(
+        "tailrace_failing_changes",
+        "gauge",
+        _FAILING,
+        "listener",
+        "Changes that have failed and are held, or are dead letters, by the class of the last error.",
+    ),
+    Metric("tailrace_failing_attempts", "gauge", _FAILING, "listener", "Attempts that these have used up."),
+    Metric(
+        "tailrace_failing_oldest_seconds", "gauge", _FAILING, "listener", "How long the oldest of them waits."
+    ),
     Metric("tailrace_changes_queued", "gauge", _HANDLER, "listener", "Changes in Redis, not applied yet."),
     Metric(
         "tailrace_handler_lag_seconds",

@@ -58,6 +58,13 @@ def of_listener(facts: ListenerFacts, state: Mapping[str, Any] | None) -> list[S
         return samples
     for name, handler in state["handlers"].items():
         samples += _handler(name, handler)
+    for one in state["failures"]:
+        labels = (one["handler"], one["error_class"], one["status"])
+        samples += [
+            Sample("tailrace_failing_changes", one["changes"], labels),
+            Sample("tailrace_failing_attempts", one["attempts"], labels),
+            Sample("tailrace_failing_oldest_seconds", one["oldest_seconds"], labels),
+        ]
     samples += [
         Sample("tailrace_backlog_limit_entries", facts.limits[0]),
         Sample("tailrace_backlog_limit_bytes", facts.limits[1]),
