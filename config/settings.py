@@ -112,11 +112,12 @@ class Tunables(BaseSettings):
         reason="Address of the HTTP servers: loopback, because they tell of your tables to whoever asks."
         " In a container 0.0.0.0.",
     )
-    delivery: Literal["auto", "proven", "plain"] = _setting(
+    delivery: Literal["auto", "proven", "plain", "webhooks"] = _setting(
         "WORKER_DELIVERY",
         default="auto",
         reason="Source of the payloads: `proven` is the write-ahead log, `plain` is Realtime; `auto` is"
-        " `proven` wherever the database's user may have a replication slot, else `plain`.",
+        " `proven` wherever the database's user may have a replication slot, else `plain`;"
+        " `webhooks` takes what the database's webhooks post.",
     )
     lanes: int = _setting(
         "WORKER_LANES",
@@ -256,6 +257,13 @@ class Tunables(BaseSettings):
         default=None,
         reason="`app_metadata.role` of users who may redrive and pause; none: only `service_role` may.",
     )
+    hook_secret: SecretStr | None = _setting(
+        "WORKER_HOOK_SECRET",
+        default=None,
+        min_length=16,
+        unit="at least 16 characters",
+        reason="Secret of database webhooks, for WORKER_DELIVERY=webhooks: who knows it can make up changes.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "WORKER_LOG_LEVEL", default="info", reason="Least severe level that is logged."
     )
@@ -374,7 +382,7 @@ class Settings(Tunables):
 
     def secret_values(self) -> tuple[str, ...]:
         """Return every text that must never be shown: keys, and the passwords inside URLs."""
-        held = (self.service_role_key, self.jwt_secret)
+        held = (self.service_role_key, self.jwt_secret, self.hook_secret)
         addresses = (self.database_url, self.database_direct_url, self.redis_url)
         texts = [secret.get_secret_value() for secret in held if secret is not None]
         for address in addresses:

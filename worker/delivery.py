@@ -4,7 +4,13 @@ from typing import Literal, NamedTuple
 
 from worker.errors import ConfigurationError
 
-Wanted = Literal["auto", "proven", "plain"]
+Wanted = Literal["auto", "proven", "plain", "webhooks"]
+
+
+UNPROTECTED = (
+    "WORKER_DELIVERY=webhooks needs WORKER_HOOK_SECRET: at least 16 characters, the same as in the webhooks'"
+    " header Authorization"
+)
 
 
 class Choice(NamedTuple):
@@ -26,6 +32,8 @@ def choose(wanted: Wanted, *, allowed: bool = True, why_not: str = "", taken: st
     Raises:
         ConfigurationError: what is wanted cannot be had.
     """
+    if wanted == "webhooks":
+        return Choice("plain", "WORKER_DELIVERY=webhooks: payloads as the database's webhooks send them")
     if wanted == "plain":
         return Choice("plain", "WORKER_DELIVERY=plain")
     if wanted == "auto" and allowed and taken:

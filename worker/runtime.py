@@ -23,8 +23,10 @@ from config.logging import configure_logging
 from config.settings import Settings
 from worker import delivery, loader, telemetry
 from worker.database import explain, is_away, make_engine, wait_until_up
+from worker.delivery import UNPROTECTED
 from worker.draining.workshop import load_handlers
 from worker.errors import ConfigurationError
+from worker.hooks import Inbox
 from worker.jobs import announce, cancel_until_done, settle_memory
 from worker.lanes import Lane, Lanes
 from worker.listener import Listener
@@ -32,10 +34,11 @@ from worker.operating import Operations, waker
 from worker.queue import PatientRedis, connection_pool
 from worker.tokens import Tokens
 from worker.wal.slot import judge, read_permission, read_server, read_slot
-from worker.web import Bearer, Desk, desk_routes, health_app, metrics_route, page_routes, serve
+from worker.web import Bearer, Desk, desk_routes, health_app, hook_route, metrics_route, page_routes, serve
 
 if TYPE_CHECKING:
     from alembic.config import Config
+    from starlette.routing import Route
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +63,7 @@ async def _listen(settings: Settings) -> None:
         closing = asyncio.Event()
         desk = desk_routes(_bearer(settings), lambda: waiting.desk)
         routes = [metrics_route(waiting.samples), *page_routes(waiting.status, closing), *desk]
+        routes += _hook_routes(settings, redis)
         app = health_app(waiting, routes)
         async with serve(app, settings.health_host, settings.port, closing=closing) as served:
             log.info("health of the listener", url=served.url)
@@ -88,6 +92,16 @@ async def _listen(settings: Settings) -> None:
         await arq.aclose(close_connection_pool=True)
         await redis.aclose(close_connection_pool=True)
         await engine.dispose()
+
+
+def _hook_routes(settings: Settings, redis: Redis) -> "list[Route]":
+    """Make what takes webhooks, where they are the delivery; a stand-by takes them, too."""
+    if settings.delivery != "webhooks":
+        return []
+    if settings.hook_secret is None:
+        raise ConfigurationError([UNPROTECTED])
+    inbox = Inbox(redis, settings.queue, settings.max_backlog)
+    return [hook_route(settings.hook_secret.get_secret_value(), inbox.put)]
 
 
 def _bearer(settings: Settings) -> Bearer:

@@ -54,6 +54,29 @@ class Source(Protocol):
         ...
 
 
+class PlainSource(Source, Protocol):
+    """A source of plain delivery, which cannot be read again: how far it is sure of what it has given."""
+
+    @property
+    def subscribed_since(self) -> datetime | None:
+        """Since when everything arrives; None before."""
+        ...
+
+    @property
+    def sure_until(self) -> datetime | None:
+        """Up to when everything that was committed has arrived."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Changes that have arrived and were not handed over yet."""
+        ...
+
+    def doubt(self, reason: str) -> None:
+        """Be told that changes may have been lost on the server's side."""
+        ...
+
+
 class RereadError(Exception):
     """The source must be read again from where it stands, under a new generation; the lease is kept.
 

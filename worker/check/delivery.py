@@ -6,7 +6,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.settings import Settings
 from worker.check.findings import Finding
 from worker.database import explain, make_engine
-from worker.delivery import choose
+from worker.delivery import UNPROTECTED, choose
 from worker.errors import ConfigurationError
 from worker.wal.failures import WalError
 from worker.wal.reader import choose_transport
@@ -15,8 +15,10 @@ from worker.wal.slot import SlotState, judge, read_permission, read_server, read
 
 async def examine_delivery(settings: Settings) -> list[Finding]:
     """Return what is to be said of WORKER_DELIVERY. Plain delivery asks nothing of the database."""
-    if settings.delivery == "plain":
-        choice = choose("plain")
+    if settings.delivery in ("plain", "webhooks"):
+        choice = choose(settings.delivery)
+        if settings.delivery == "webhooks" and settings.hook_secret is None:
+            return [Finding("delivery", "problem", UNPROTECTED)]
         return [Finding("delivery", "ok", f"{choice.delivery} ({choice.reason})")]
     try:
         return await _examine(settings)

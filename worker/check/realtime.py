@@ -25,6 +25,8 @@ async def examine_realtime(settings: Settings, tables: Sequence[tuple[str, str]]
         settings: with the address and the key.
         tables: (schema, table) pairs to subscribe to.
     """
+    if settings.delivery == "webhooks":
+        return [Finding("realtime", "skipped", "WORKER_DELIVERY=webhooks does without")]
     timing = Timing()
     address = Address(settings.realtime_url, settings.service_role_key.get_secret_value())
     try:

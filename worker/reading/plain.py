@@ -40,7 +40,7 @@ class PlainReading:
     def __init__(self, ground: Ground, token: str) -> None:
         self._ground = ground
         self._token = token
-        self._source = ground.realtime(self._write_canary)
+        self._source = ground.plain_source(self._write_canary)
         self.journal: Journal | None = None
         self.lanes = 0
         self._intake: Intake

@@ -3,6 +3,7 @@
 from worker.web.bearer import Bearer
 from worker.web.desk import Desk, desk_routes
 from worker.web.health import StatusProvider, health_app
+from worker.web.hooks import hook_route
 from worker.web.metrics import metrics_route
 from worker.web.page import page_routes
 from worker.web.serving import Served, serve
@@ -14,6 +15,7 @@ __all__ = [
     "StatusProvider",
     "desk_routes",
     "health_app",
+    "hook_route",
     "metrics_route",
     "page_routes",
     "serve",
