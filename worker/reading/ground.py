@@ -16,14 +16,13 @@ from worker import gaps, lease
 from worker.backfill import Backfills
 from worker.catalogue import Catalogue
 from worker.database import explain, is_away
-from worker.hooks import HookSource, Inbox
 from worker.lanes import Lane, Lanes, LeaseLostError
 from worker.reading.crosscheck import CrossCheck
 from worker.reading.journal import Journal
 from worker.reading.schema import Schema
 from worker.realtime import RealtimeSource
 from worker.registry import Handler
-from worker.source import Gap, PlainSource, RereadError, SourceHealth
+from worker.source import Gap, RereadError, SourceHealth
 
 log = structlog.get_logger(__name__)
 
@@ -124,13 +123,6 @@ class Ground:
                 )
 
         await self.in_postgres(write)
-
-    def plain_source(self, write_canary: Callable[[], Awaitable[str]]) -> PlainSource:
-        """Make the source of plain delivery: Realtime, or the database's webhooks."""
-        if self.settings.delivery != "webhooks":
-            return self.realtime(write_canary)
-        inbox = Inbox(self.lanes.redis, self.settings.queue, self.settings.max_backlog)
-        return HookSource(inbox, self.catalogue)
 
     def realtime(
         self, write_canary: Callable[[], Awaitable[str]], *, doorbell: bool = False

@@ -1,4 +1,4 @@
-"""Plain delivery: Realtime's payloads go into the lanes.
+"""Plain delivery: Realtime's payloads, or those of webhooks, go into the lanes.
 
 Redis holds the only copy of what is under way, so its lanes outlive the listener: a new one takes them over.
 What Realtime, the listener or Redis may have lost is recorded as a gap.
@@ -16,12 +16,13 @@ from sqlalchemy import text
 from worker import gaps, lease, positions
 from worker.backfill import Backfills
 from worker.change import Position
+from worker.hooks import HookSource, Inbox
 from worker.lane_writer import LaneWriter
 from worker.reading import layout, record
 from worker.reading.ground import Ground, backfill
 from worker.reading.intake import FLUSH, Intake
 from worker.reading.journal import Clock, Journal
-from worker.source import Gap, SourceHealth
+from worker.source import Gap, PlainSource, SourceHealth
 from worker.wal.slot import drop_slot, terminate_holder
 
 log = structlog.get_logger(__name__)
@@ -40,7 +41,7 @@ class PlainReading:
     def __init__(self, ground: Ground, token: str) -> None:
         self._ground = ground
         self._token = token
-        self._source = ground.plain_source(self._write_canary)
+        self._source = self._make_source()
         self.journal: Journal | None = None
         self.lanes = 0
         self._intake: Intake
@@ -51,6 +52,13 @@ class PlainReading:
         """When Postgres started, and who reads from Realtime's slot; as the last canary found it."""
         self._holding = False
         """True while a batch has left the source and is not yet in the lanes."""
+
+    def _make_source(self) -> PlainSource:
+        """Make what sends the payloads: Realtime, or the database's webhooks."""
+        ground, settings = self._ground, self._ground.settings
+        if settings.delivery != "webhooks":
+            return ground.realtime(self._write_canary)
+        return HookSource(Inbox(ground.lanes.redis, settings.queue, settings.max_backlog), ground.catalogue)
 
     async def begin(self) -> None:
         """Take over the generation, or begin one; bring handlers and lanes into line with what is loaded."""
