@@ -127,7 +127,8 @@ class Deliver:
         calls = self._route(handlers, changes)
         for call in calls:
             await self._call(call)
-        self._session.expire_all()
+        # What is asked for next is read anew. Not expired: to read an attribute must not need the database.
+        self._session.expunge_all()
         return tuple(call.handler.name for call in calls)
 
     def _wanted(self, writes: Sequence[Write], to: Callable[..., Any] | str | None) -> list[Handler]:

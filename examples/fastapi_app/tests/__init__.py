@@ -1,0 +1,1 @@
+"""How the handler of this example is tested: copy it beside yours."""
