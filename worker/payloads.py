@@ -20,9 +20,10 @@ _PUT = text(
     " values (:generation, :handler, :lanes, :lsn, :ordinal, :payload) on conflict do nothing"
 )
 _GET = text(
-    "select lsn, ordinal, payload from tailrace.payloads where generation = :generation"
-    " and handler = :handler and (lsn, ordinal) in"
-    " (select * from unnest(cast(:lsns as bigint[]), cast(:ordinals as bigint[])))"
+    "select p.lsn, p.ordinal, p.payload"
+    " from unnest(cast(:lsns as bigint[]), cast(:ordinals as bigint[])) wanted (lsn, ordinal)"
+    " join tailrace.payloads p on p.generation = :generation and p.handler = :handler"
+    " and p.lsn = wanted.lsn and p.ordinal = wanted.ordinal"
 )
 # Only under the lease: one that was replaced does not know which generation is in force.
 _SWEEP = text(
