@@ -285,12 +285,7 @@ def _environment(names: Mapping[str, str]) -> Any:
 
 async def execute(url: str, statement: str) -> None:
     """Run a statement on a connection of its own."""
-    try:
-        connection = await asyncpg.connect(url)
-    except FileNotFoundError:
-        # A socket closed elsewhere behind the loop's back left its number registered with the selector; the
-        # failed attempt has taken it out.
-        connection = await asyncpg.connect(url)
+    connection = await asyncpg.connect(url)
     try:
         await connection.execute(statement)
     finally:
