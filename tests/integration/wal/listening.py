@@ -1,6 +1,7 @@
 """A proven reading in the test's own process: the test decides when it looks after itself."""
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -19,6 +20,7 @@ from worker.lanes import Lane, Lanes
 from worker.queue import connection_pool
 from worker.reading import Ground, ProvenReading
 from worker.registry import Handler
+from worker.source import RereadError
 from worker.wal import Transport
 
 WRITES = re.compile(r"\s*(with .*)?(insert|update|delete)\b|.*pg_replication_slot_advance", re.DOTALL)
@@ -33,6 +35,23 @@ class Listening:
         self.ground = ground
         self.token = token
         self.reading = ProvenReading(ground, token)
+
+    async def read(self) -> None:
+        """Read, and read again where that is asked for: a machine under load may lose a connection."""
+        while True:
+            try:
+                await self.reading.run()
+            except* RereadError:
+                pass
+            while True:
+                again = ProvenReading(self.ground, self.token)
+                try:
+                    await again.begin()
+                except RereadError as error:
+                    await asyncio.sleep(error.seconds)
+                else:
+                    self.reading = again
+                    break
 
     async def confirmed(self) -> int:
         """Tell where the slot stands."""
@@ -109,12 +128,13 @@ async def listening(made: Project, handlers: Sequence[Handler]) -> AsyncIterator
     assert await lease.take(engine, token, "test")
     one = Listening(made, ground, token)
     await one.reading.begin()
-    running = asyncio.create_task(one.reading.run(), name="test: reading")
+    running = asyncio.create_task(one.read(), name="test: reading")
     try:
         yield one
     finally:
         running.cancel()
-        await asyncio.wait({running})
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
         await made.until(
             "select count(*) from pg_replication_slots where slot_name = 'tailrace' and active", 0
         )
