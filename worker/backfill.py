@@ -1,14 +1,18 @@
 """Backfill: giving derive handlers the keys of rows that exist, to close a gap.
 
 Reads a table by primary key, page by page, and puts the keys of its rows into the same lanes as live changes;
-their handlers recompute from current state, so no order is owed. Survives a restart at its last page.
+their handlers recompute from current state, so no order is owed. Live changes go first: what is under way at
+a time is bounded, and waits while the lanes are busy. A restart goes on behind the last row whose key all
+lanes have passed; what Redis has lost of later ones is read again.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import structlog
@@ -27,32 +31,44 @@ QUIET_SECONDS = 2.0
 AGAIN_SECONDS = 60.0
 """What could not be made is tried again after so long, or when a table was altered."""
 VISIBLE_SECONDS = 60.0
+STRETCH = 5
+"""Pages, at most, between two looks at what the lanes have passed."""
+STRETCH_SECONDS = 2.0
+AHEAD = 2
+"""Stretches that are under way at a time."""
 
 Put = Callable[[Handler, Sequence[bytes]], Awaitable[None]]
 
+# Gaps first: until they are closed, what is derived may be wrong.
 _NEXT = text(
     "update tailrace.backfills set state = 'running' where id = ("
     " select b.id from tailrace.backfills b join tailrace.handlers h on h.name = b.handler"
-    " where b.state <> 'done' and h.state = 'active' and b.id <> all (cast(:besides as bigint[]))"
-    " order by b.id limit 1)"
-    " returning id, handler, schema_name, table_name, phase, cursor"
+    " where b.state in ('waiting', 'running') and h.state = 'active'"
+    " and b.id <> all (cast(:besides as bigint[])) order by b.gap is null, b.id limit 1)"
+    " returning id, handler, schema_name, table_name, phase, cursor, condition, rate"
 )
 _PROGRESS = text(
-    "update tailrace.backfills set cursor = cast(:cursor as jsonb), phase = :phase, keys = keys + :keys"
-    " where id = :id"
+    "update tailrace.backfills set cursor = cast(:cursor as jsonb), phase = :phase, rows = rows + :rows,"
+    " keys = keys + :keys where id = :id and state = 'running' returning rate"
 )
 _DONE = text(
-    "update tailrace.backfills set state = 'done', cursor = null, done_at = clock_timestamp() where id = :id"
+    "update tailrace.backfills set state = 'done', cursor = null, done_at = clock_timestamp()"
+    " where id = :id and state = 'running'"
 )
 # A gap is closed when every handler of its tables computes from what is there, and has been given all keys.
 _CLOSE = text(
     "update tailrace.gaps g set state = 'backfilled', closed_at = clock_timestamp() where state = 'open'"
-    " and not exists (select from tailrace.backfills b where b.state <> 'done'"
-    "  and b.schema_name || '.' || b.table_name = any (g.tables))"
+    " and not exists (select from tailrace.backfills b where b.state in ('waiting', 'running')"
+    "  and b.condition is null and b.schema_name || '.' || b.table_name = any (g.tables))"
     " and not exists (select from tailrace.handlers h where h.state = 'active' and h.kind = 'change'"
     "  and h.tables && g.tables)"
     " and exists (select from tailrace.handlers h where h.state = 'active' and h.tables && g.tables)"
 )
+_READ_ONLY = text("set transaction read only")
+
+
+class _CancelledError(Exception):
+    """A person does not want it any more."""
 
 
 class _Asked(NamedTuple):
@@ -62,10 +78,12 @@ class _Asked(NamedTuple):
     table: str
     phase: str
     cursor: list[str] | None
+    condition: str | None
+    rate: int | None
 
 
 class Backfills:
-    """Carries out the backfills that gaps have asked for, one after the other."""
+    """Carries out the backfills that gaps and people have asked for, several at once if need be."""
 
     def __init__(
         self,
@@ -87,6 +105,8 @@ class Backfills:
         self._put = put
         self._until_passed = until_passed
         self._asked = asyncio.Event()
+        self._choosing = asyncio.Lock()
+        self._under_way: set[int] = set()
 
     def ask(self) -> None:
         """Look at once for a backfill that has been asked for."""
@@ -94,23 +114,31 @@ class Backfills:
 
     async def once(self) -> bool:
         """Carry out the next backfill, if there is one."""
-        async with self._engine.begin() as connection:
-            row = (await connection.execute(_NEXT, {"besides": self._besides()})).one_or_none()
-        if row is None:
-            return False
-        asked = _Asked(*row)
+        async with self._choosing:
+            async with self._engine.begin() as connection:
+                row = (await connection.execute(_NEXT, {"besides": self._besides()})).one_or_none()
+            if row is None:
+                return False
+            asked = _Asked(*row)
+            self._under_way.add(asked.id)
+        try:
+            await self._carry_out(asked)
+        except _CancelledError:
+            log.info("backfill cancelled", handler=asked.handler, table=f"{asked.schema}.{asked.table}")
+        finally:
+            self._under_way.discard(asked.id)
+        return True
+
+    async def _carry_out(self, asked: _Asked) -> None:
         handler = self._handlers.get(asked.handler)
         if handler is not None:
             reason = await self._attempt(handler, asked)
             if reason is not None:
                 self._put_off(asked, reason)
-                return True
-            # Not before: what Redis loses until then must be given again.
-            await self._until_passed(handler)
+                return
         async with self._engine.begin() as connection:
             await connection.execute(_DONE, {"id": asked.id})
             await connection.execute(_CLOSE)
-        return True
 
     async def wait(self) -> None:
         """Wait until there may be something to do."""
@@ -128,7 +156,7 @@ class Backfills:
             self._impossible.clear()
         now = time.monotonic()
         self._impossible = {id_: until for id_, until in self._impossible.items() if until > now}
-        return list(self._impossible)
+        return [*self._impossible, *self._under_way]
 
     def _put_off(self, asked: _Asked, reason: str) -> None:
         self._impossible[asked.id] = time.monotonic() + AGAIN_SECONDS
@@ -161,7 +189,7 @@ class Backfills:
         keys = 0
         if asked.phase == "rows":
             keys += await self._rows(handler, asked, table, columns)
-        if handler.all_keys is not None:
+        if handler.all_keys is not None and asked.condition is None:
             keys += await self._kept(handler, asked, self._key_columns(table, columns))
         log.info("backfill done", handler=handler.name, table=f"{asked.schema}.{asked.table}", keys=keys)
 
@@ -196,27 +224,52 @@ class Backfills:
         ways = self._key_columns(table, columns)
         selected += [way.shown(quote(name)) for name, way in zip(columns, ways, strict=True)]
         select = f"select {', '.join(selected)} from {table.sql_name}"  # noqa: S608 - quoted identifiers
-        cursor, total = asked.cursor, 0
+        cursor = asked.cursor
         if cursor is not None and len(cursor) != len(primary):
             cursor = None  # of another primary key, before the table was altered
-        while True:
-            where = f" where ({order}) > ({marks})" if cursor else ""
-            async with self._engine.connect() as connection:
-                await print_as_the_log(connection, ways)
-                found = await connection.execute(
-                    text(f"{select}{where} order by {order} limit {PAGE}"),
-                    {f"k{n}": value for n, value in enumerate(cursor or ())},
-                )
-                rows = found.all()
-            if rows:
-                cursor = list(rows[-1][: len(primary)])
-                keys = lane_keys([row[len(primary) :] for row in rows], ways)
-                await self._put(handler, keys)
-                total += len(keys)
-                await self._note(asked, cursor, "rows", len(keys))
-            if len(rows) < PAGE:
-                await self._note(asked, None, "kept", 0)
-                return total
+        read = partial(self._page, select, order, marks, ways, asked.condition)
+        note = partial(self._note, asked, "rows")
+        pace, more = _Pace(), True
+        async with _UnderWay(partial(self._until_passed, handler), note, asked.rate) as under_way:
+            while more:
+                rows = keys = 0
+                pace.begin_stretch()
+                while more and not pace.stretch_is_over():
+                    limit = min(PAGE, under_way.rate or PAGE)
+                    page = await read(cursor, limit)
+                    more = len(page) == limit
+                    if page:
+                        cursor = list(page[-1][: len(primary)])
+                        made = lane_keys([row[len(primary) :] for row in page], ways)
+                        await self._put(handler, made)
+                        rows, keys = rows + len(page), keys + len(made)
+                        await pace.keep(len(page), under_way.rate)
+                await under_way.add(cursor, rows, keys)
+            await under_way.all()
+        await self._note(asked, "kept", None, 0, 0)
+        return under_way.keys
+
+    async def _page(
+        self,
+        select: str,
+        order: str,
+        marks: str,
+        ways: Sequence[KeyColumn],
+        condition: str | None,
+        after: list[str] | None,
+        limit: int,
+    ) -> Sequence[Any]:
+        where = [f"({order}) > ({marks})"] if after else []
+        where += [] if condition is None else [escaped(condition)]
+        limited = f" where {' and '.join(where)}" if where else ""
+        async with self._engine.connect() as connection:
+            await connection.execute(_READ_ONLY)
+            await print_as_the_log(connection, ways)
+            found = await connection.execute(
+                text(f"{select}{limited} order by {order} limit {limit}"),
+                {f"k{n}": value for n, value in enumerate(after or ())},
+            )
+            return found.all()
 
     async def _kept(self, handler: Handler, asked: _Asked, columns: Sequence[KeyColumn]) -> int:
         """Give the keys that the handler keeps: those whose rows are all gone are in no source table."""
@@ -228,15 +281,93 @@ class Backfills:
             async for keys in pages:
                 await self._put(handler, keys)
                 total += len(keys)
-        await self._note(asked, None, "kept", total)
+        # Not before: what Redis loses until then must be given again.
+        await self._until_passed(handler)
+        await self._note(asked, "kept", None, 0, total)
         return total
 
-    async def _note(self, asked: _Asked, cursor: list[str] | None, phase: str, keys: int) -> None:
+    async def _note(
+        self, asked: _Asked, phase: str, cursor: list[str] | None, rows: int, keys: int
+    ) -> int | None:
+        """Note how far it is; returns the rate at which to go on."""
+        document = None if cursor is None else msgspec.json.encode(cursor).decode()
+        at = {"id": asked.id, "cursor": document, "phase": phase, "rows": rows, "keys": keys}
         async with self._engine.begin() as connection:
-            document = None if cursor is None else msgspec.json.encode(cursor).decode()
-            await connection.execute(
-                _PROGRESS, {"id": asked.id, "cursor": document, "phase": phase, "keys": keys}
-            )
+            found = (await connection.execute(_PROGRESS, at)).one_or_none()
+        if found is None:
+            raise _CancelledError
+        rate: int | None = found[0]
+        return rate
+
+
+class _UnderWay:
+    """Stretches of a table that the lanes have been given, until they have passed them."""
+
+    def __init__(
+        self,
+        until_passed: Callable[[], Awaitable[None]],
+        note: Callable[[list[str] | None, int, int], Awaitable[int | None]],
+        rate: int | None,
+    ) -> None:
+        self._until_passed = until_passed
+        self._note = note
+        self.rate = rate
+        """Rows a second, as it was when the last stretch was passed: people may change it."""
+        self._stretches: deque[tuple[asyncio.Future[None], list[str] | None, int, int]] = deque()
+        self.keys = 0
+        """Passed."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for passed, _cursor, _rows, _keys in self._stretches:
+            passed.cancel()
+
+    async def add(self, cursor: list[str] | None, rows: int, keys: int) -> None:
+        """Add one; waits for the first where there are too many."""
+        self._stretches.append((asyncio.ensure_future(self._until_passed()), cursor, rows, keys))
+        while len(self._stretches) > AHEAD:
+            await self._first()
+
+    async def all(self) -> None:
+        """Wait until all are passed."""
+        while self._stretches:
+            await self._first()
+
+    async def _first(self) -> None:
+        passed, cursor, rows, keys = self._stretches[0]
+        await passed
+        self._stretches.popleft()
+        self.keys += keys
+        self.rate = await self._note(cursor, rows, keys)
+
+
+class _Pace:
+    """Keeps a rate, and stretches short in time, so that what people want is heard of soon."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic()
+        self._pages = 0
+        self._began = 0.0
+
+    def begin_stretch(self) -> None:
+        self._pages, self._began = 0, time.monotonic()
+
+    def stretch_is_over(self) -> bool:
+        return self._pages == STRETCH or time.monotonic() - self._began > STRETCH_SECONDS
+
+    async def keep(self, rows: int, rate: int | None) -> None:
+        """Wait after so many rows; what took long by itself is not made up for."""
+        self._pages += 1
+        if rate is not None:
+            self._next = max(self._next + rows / rate, time.monotonic())
+            await asyncio.sleep(self._next - time.monotonic())
+
+
+def escaped(condition: str) -> str:
+    """Make a person's condition a part of a statement: what looks like a parameter is none."""
+    return "(" + condition.replace(":", "\\:") + ")"
 
 
 def _key_columns(handler: Handler, asked: _Asked, table: Table | None) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class Refused(TailraceError):  # noqa: N818 - says what happened
 
 
 class Unknown(Refused):
-    """There is no dead letter, handler or paused lane key of that name."""
+    """There is no dead letter, handler, backfill or paused lane key of that name."""
 
 
 class MissingValueError(TailraceError, KeyError):

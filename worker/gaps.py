@@ -20,7 +20,9 @@ _ASK_BACKFILLS = (
     " select h.name, t.schema_name, t.table_name, gap.id from gap, tailrace.handlers h,"
     " unnest(cast(:schemas as text[]), cast(:names as text[])) as t (schema_name, table_name)"
     " where h.kind = 'derive' and h.state = 'active' and t.schema_name || '.' || t.table_name = any(h.tables)"
-    " on conflict do nothing"
+    # One that a person has asked for is the gap's now, and cannot be cancelled any more.
+    " on conflict (handler, schema_name, table_name) where state = 'waiting' and condition is null"
+    " do update set gap = coalesce(backfills.gap, excluded.gap)"
 )
 _RECORD = text(
     "with gap as ("  # noqa: S608 - the statement above

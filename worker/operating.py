@@ -11,8 +11,9 @@ from typing import Any, Literal
 from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker import dead_letters, pausing, redriving
+from worker import backfilling, dead_letters, pausing, redriving
 from worker.asked import Operator, Which
+from worker.backfilling import Wanted
 from worker.dead_letters import DeadLetter
 from worker.errors import Refused
 from worker.lanes import Lane, Lanes
@@ -180,3 +181,48 @@ class Operations:
             done = await change_key(self._engine, operator, handler, key)
         await self._wake(done.wake)
         return done.told
+
+    async def backfill(
+        self,
+        operator: Operator,
+        table: str,
+        *,
+        handler: str | None = None,
+        condition: str | None = None,
+        rate: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Have the rows that are there given to derive handlers.
+
+        Args:
+            operator: who wants it.
+            table: `schema.table`, or of public.
+            handler: one of them; all by default.
+            condition: SQL, for some rows alone. Never from a stranger.
+            rate: rows a second, at most.
+
+        Raises:
+            Refused: it makes no sense, or is under way.
+        """
+        return await backfilling.ask(self._engine, operator, Wanted.of(table, handler, condition, rate))
+
+    async def backfills(self, ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """List backfills."""
+        return await backfilling.find(self._engine, ids)
+
+    async def cancel_backfill(self, id_: int) -> dict[str, Any]:
+        """Have a backfill stop.
+
+        Raises:
+            Unknown: there is none of this id.
+            Refused: it is over, or closes a gap.
+        """
+        return await backfilling.cancel(self._engine, id_)
+
+    async def resume_backfill(self, id_: int, rate: int | None = None) -> dict[str, Any]:
+        """Have a backfill go on, if it was cancelled; perhaps at another rate.
+
+        Raises:
+            Unknown: there is none of this id.
+            Refused: it is done.
+        """
+        return await backfilling.go_on(self._engine, id_, rate)

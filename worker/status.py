@@ -42,8 +42,9 @@ _GAPS = text(
     " order by id desc limit 50"
 )
 _BACKFILLS = text(
-    "select id, handler, schema_name || '.' || table_name, state, keys, asked_at from tailrace.backfills"
-    " where state <> 'done' order by id limit 50"
+    "select id, handler, schema_name || '.' || table_name as table, state, rows, keys, estimated, rate,"
+    " asked_at"
+    " from tailrace.backfills where state in ('waiting', 'running') order by id limit 50"
 )
 _COUNTS = text(
     "select (select count(*) from tailrace.gaps where state = 'open') as gaps_open,"
@@ -64,10 +65,7 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
         row = (await connection.execute(text("select delivery, generation from tailrace.source"))).one()
         handlers = await _handlers(connection)
         gaps = [dict(found) for found in (await connection.execute(_GAPS)).mappings()]
-        backfills = [
-            dict(zip(("id", "handler", "table", "state", "keys", "asked_at"), found, strict=True))
-            for found in await connection.execute(_BACKFILLS)
-        ]
+        backfills = [dict(found) for found in (await connection.execute(_BACKFILLS)).mappings()]
         failures = [
             {**found, "status": _FIELDS[found["status"]]}
             for found in (await connection.execute(_FAILURES)).mappings()

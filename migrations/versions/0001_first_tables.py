@@ -178,15 +178,23 @@ create table tailrace.backfills (
   schema_name text not null,
   table_name  text not null,
   gap         bigint references tailrace.gaps (id) on delete set null,
-  state       text not null default 'waiting' check (state in ('waiting', 'running', 'done')),
+  state       text not null default 'waiting' check (state in ('waiting', 'running', 'done', 'cancelled')),
+  condition   text,
+  rate        integer check (rate > 0),
   phase       text not null default 'rows' check (phase in ('rows', 'kept')),
   cursor      jsonb,
+  rows        bigint not null default 0,
   keys        bigint not null default 0,
+  estimated   bigint,
+  asked_by    text,
   asked_at    timestamptz not null default now(),
   done_at     timestamptz
 );
+comment on column tailrace.backfills.cursor is
+  'primary key of the last row whose key every lane has passed: where a restart goes on';
+comment on column tailrace.backfills.asked_by is 'a person; null where a gap has asked';
 create unique index backfills_waiting on tailrace.backfills (handler, schema_name, table_name)
-  where state = 'waiting';
+  where state = 'waiting' and condition is null;
 
 -- The row that proves the path end to end: written here, it must come back by every path.
 create table tailrace.canary (

@@ -320,5 +320,4 @@ async def test_the_sql_of_operations_runs(shared: Servers) -> None:
         for block in statements:
             await made.db.execute(block.text)
         assert await made.db.fetchval("select state from tailrace.gaps where id = 1") == "acknowledged"
-        assert await made.db.fetchval("select count(*) from tailrace.backfills where state = 'waiting'") == 1
         assert await made.db.fetchval("select count(*) from tailrace.handlers") == 1

@@ -159,6 +159,39 @@ LaneKey = Annotated[
 ]
 
 
+@app.command()
+def backfill(  # noqa: PLR0913 - the options of a command
+    table: Annotated[
+        str | None, typer.Argument(metavar="TABLE", help="Whose rows, as orders or shop.orders.")
+    ] = None,
+    *,
+    handler: Annotated[
+        str | None, typer.Option("--handler", help="For this derive handler; all of the table by default.")
+    ] = None,
+    where: Annotated[str | None, typer.Option("--where", help="Only rows for which this SQL holds.")] = None,
+    rate: Annotated[int | None, typer.Option("--rate", min=1, help="Rows a second, at most.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Follow one, or have a cancelled one go on; --rate changes its."),
+    ] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Have it stop.")] = False,
+    wait: Annotated[
+        bool | None,
+        typer.Option("--wait/--no-wait", help="Stay until it is done; by default on a terminal."),
+    ] = None,
+    by: By = None,
+    as_json: Json = False,
+) -> None:
+    """Give the rows that are there to derive handlers, beside live changes; without TABLE, list backfills.
+
+    The listener carries it out, page by page; after a restart it goes on where it was. Live changes go first.
+    """
+    from worker.cli import backfills  # noqa: PLC0415 - see the module's docstring
+
+    asked = backfills.Asked(table, handler, where, rate, resume, cancel, wait, by)
+    raise typer.Exit(backfills.backfill(asked, as_json=as_json))
+
+
 @dead_letters.command("list")
 def list_dead_letters(
     *,

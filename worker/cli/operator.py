@@ -76,7 +76,7 @@ def list_dead_letters(wanted: Wanted, limit: int, *, as_json: bool) -> int:
             printing.show_problem(f"there are more than the {limit} shown: name some, or raise --limit")
         return FINE
 
-    return _with_operations(ask)
+    return with_operations(ask)
 
 
 def show_dead_letter(id_: int, *, as_json: bool) -> int:
@@ -86,7 +86,7 @@ def show_dead_letter(id_: int, *, as_json: bool) -> int:
         printing.show_dead_letter(await operations.show(id_), as_json=as_json)
         return FINE
 
-    return _with_operations(ask)
+    return with_operations(ask)
 
 
 def decide(wanted: Wanted, decision: Decision, *, as_json: bool) -> int:
@@ -97,7 +97,7 @@ def decide(wanted: Wanted, decision: Decision, *, as_json: bool) -> int:
     record = _edit(decision)
     if record is not None and len(wanted.ids) != 1:
         raise ConfigurationError(["an edited record is for one dead letter: name its id"])
-    operator = _operator(decision.by)
+    operator = who(decision.by)
 
     async def do(operations: Operations) -> int:
         if record is not None and not decision.dry_run:
@@ -110,7 +110,7 @@ def decide(wanted: Wanted, decision: Decision, *, as_json: bool) -> int:
             printing.show_problem(reason)
         return PROBLEMS if refused else FINE
 
-    return _with_operations(do)
+    return with_operations(do)
 
 
 def list_lanes(handler: str | None, *, as_json: bool) -> int:
@@ -120,22 +120,23 @@ def list_lanes(handler: str | None, *, as_json: bool) -> int:
         printing.show_lanes(await operations.lanes(handler), as_json=as_json)
         return FINE
 
-    return _with_operations(ask)
+    return with_operations(ask)
 
 
 def pause(handler: str, lane_key: str | None, by: str | None, *, paused: bool, as_json: bool) -> int:
     """Pause a handler or one lane key of it, or let it go on."""
-    operator = _operator(by)
+    operator = who(by)
 
     async def do(operations: Operations) -> int:
         told = await operations.pause(operator, handler, lane_key, paused=paused)
         printing.show_pause(told, as_json=as_json)
         return FINE
 
-    return _with_operations(do)
+    return with_operations(do)
 
 
-def _with_operations(do: Callable[[Operations], Awaitable[int]]) -> int:
+def with_operations(do: Callable[[Operations], Awaitable[int]]) -> int:
+    """Do something with what operators may do; returns its exit code, or 1 where it is refused."""
     settings = load_settings()
     configure_logging(settings)
 
@@ -164,7 +165,7 @@ async def _operations(settings: Settings) -> AsyncIterator[Operations]:
         await engine.dispose()
 
 
-def _operator(by: str | None) -> Operator:
+def who(by: str | None) -> Operator:
     """Say who decides: whom `--by` names, or the user of the operating system."""
     name = (by or "").strip()
     if not name:

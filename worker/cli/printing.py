@@ -209,6 +209,30 @@ def show_pause(told: Mapping[str, Any], *, as_json: bool) -> None:
     _console().print(Text(f"{what} is {state}{also}{keys}"), soft_wrap=True)
 
 
+def show_backfills(backfills: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print backfills."""
+    if as_json:
+        _print_json(backfills)
+        return
+    words = (
+        "id",
+        "handler",
+        "state",
+        "rows",
+        "estimated",
+        "keys",
+        "rate",
+        "condition",
+        "asked_by",
+        "asked_at",
+    )
+    table = Table("table", *(word.replace("_", " ") for word in words))
+    for one in backfills:
+        told = {**one, "asked_by": one["asked_by"] or f"gap {one['gap']}"}
+        table.add_row(Text(f"{one['schema']}.{one['table']}"), *(Text(_cell(told[word])) for word in words))
+    _console().print(table)
+
+
 def _newer(told: Mapping[str, Any] | None) -> str:
     """Say how many newer changes were applied."""
     if told is None:

@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 CANARY = ("tailrace", "canary")
 AGAIN_SECONDS = 1.0
+BACKFILLS_AT_ONCE = 3
 
 T = TypeVar("T")
 
@@ -209,12 +210,18 @@ class Reading(Protocol):
 
 
 async def backfill(backfills: Backfills) -> None:
-    """Carry out backfills for ever.
+    """Carry out backfills for ever, a few at a time: a large one must not hold up the others.
 
-    Raises:
+    Raises (in an ExceptionGroup):
         LeaseLostError: another listener has taken over.
         RereadError: the source must be read again.
     """
+    async with asyncio.TaskGroup() as group:
+        for _ in range(BACKFILLS_AT_ONCE):
+            group.create_task(_backfill(backfills), name="listener: backfill")
+
+
+async def _backfill(backfills: Backfills) -> None:
     while True:
         try:
             while await backfills.once():

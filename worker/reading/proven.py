@@ -153,9 +153,6 @@ class ProvenReading:
             await record.begin(connection, self._token, target, server, self._published)
             await self._gaps_of_start(connection, cause if missed else None, remembered, since)
             noted = (await record.read(connection)).noted
-            await connection.execute(
-                text("update tailrace.backfills set cursor = null, phase = 'rows' where state = 'running'")
-            )
         if remembered.generation is not None:
             await ground.in_redis(lambda: writer.retire(str(remembered.generation), keep=False))
         self._writer = writer

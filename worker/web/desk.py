@@ -1,11 +1,11 @@
-"""The routes for operators: dead letters and lanes, for whoever has the right.
+"""The routes for operators: dead letters, lanes and backfills, for whoever has the right.
 
 Translates requests into calls of a `Desk`, and what it says into JSON; it decides nothing, and knows no
 database. Values of rows are in the answers, never in the log.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Protocol
 
@@ -61,6 +61,24 @@ class Desk(Protocol):
         """Pause a handler or a lane key of it, or let it go on."""
         ...
 
+    async def backfill(
+        self, operator: Operator, table: str, *, handler: str | None = None, rate: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Have the rows of a table given to derive handlers."""
+        ...
+
+    async def backfills(self, ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """List backfills."""
+        ...
+
+    async def cancel_backfill(self, id_: int) -> dict[str, Any]:
+        """Have one stop."""
+        ...
+
+    async def resume_backfill(self, id_: int, rate: int | None = None) -> dict[str, Any]:
+        """Have one go on, perhaps at another rate."""
+        ...
+
 
 Step = Callable[[Desk, Operator, Request], Awaitable[dict[str, Any]]]
 
@@ -94,6 +112,10 @@ def desk_routes(bearer: Bearer, desk: Callable[[], Desk | None]) -> list[BaseRou
         route("POST", "/dead-letters/{id:int}/discard", _discard),
         route("POST", "/lanes/{handler}/pause", _pause),
         route("POST", "/lanes/{handler}/resume", _resume),
+        route("GET", "/backfills", _backfills),
+        route("POST", "/backfills", _backfill),
+        route("POST", "/backfills/{id:int}/cancel", _cancel),
+        route("POST", "/backfills/{id:int}/resume", _go_on),
     ]
 
 
@@ -166,6 +188,43 @@ async def _set(desk: Desk, operator: Operator, request: Request, *, paused: bool
         key = str(key)
     told = await desk.pause(operator, request.path_params["handler"], key, paused=paused)
     _note(operator, "pause" if paused else "resume", told)
+    return told
+
+
+async def _backfills(desk: Desk, _: Operator, _request: Request) -> dict[str, Any]:
+    return {"backfills": await desk.backfills()}
+
+
+async def _backfill(desk: Desk, operator: Operator, request: Request) -> dict[str, Any]:
+    # Without a condition: that would be SQL from whoever has a token.
+    body = await _body(request, "table", "handler", "rate")
+    table, handler = body.get("table"), body.get("handler")
+    if not isinstance(table, str) or not isinstance(handler, str | None):
+        raise HTTPException(400, "table must be a name, and handler one or nothing")
+    made = await desk.backfill(operator, table, handler=handler, rate=_rate(body))
+    for one in made:
+        _note(operator, "backfill", one | {"id": None})
+    return {"backfills": made}
+
+
+def _rate(body: Mapping[str, Any]) -> int | None:
+    rate = body.get("rate")
+    if rate is not None and (type(rate) is not int or rate not in range(1, 2**31)):
+        raise HTTPException(400, "rate must be rows a second, a whole number above 0")
+    return rate
+
+
+async def _cancel(desk: Desk, operator: Operator, request: Request) -> dict[str, Any]:
+    await _body(request)
+    told = await desk.cancel_backfill(request.path_params["id"])
+    _note(operator, "cancel a backfill", told | {"id": None})
+    return told
+
+
+async def _go_on(desk: Desk, operator: Operator, request: Request) -> dict[str, Any]:
+    rate = _rate(await _body(request, "rate"))
+    told = await desk.resume_backfill(request.path_params["id"], rate)
+    _note(operator, "resume a backfill", told | {"id": None})
     return told
 
 
