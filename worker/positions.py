@@ -48,6 +48,28 @@ class Moved(NamedTuple):
     parked: int = 0
 
 
+class Snapshot(NamedTuple):
+    """Which transactions could be seen at one moment, as `pg_current_snapshot()` has it."""
+
+    oldest: int
+    """All below it had ended."""
+    next: int
+    """None from it on had begun."""
+    running: frozenset[int]
+
+    @classmethod
+    def parse(cls, text: str) -> "Snapshot":
+        """Read Postgres's form, `oldest:next:running,running`."""
+        oldest, following, running = text.split(":")
+        return cls(int(oldest), int(following), frozenset(map(int, running.split(",") if running else ())))
+
+    def shows(self, xid: int) -> bool:
+        """Tell whether a transaction (32-bit id) could be seen: what is of the future never could."""
+        ahead = (xid - self.next) % _CIRCLE
+        whole = self.next + ahead - _CIRCLE
+        return ahead >= _CIRCLE // 2 and whole >= 0 and (whole < self.oldest or whole not in self.running)
+
+
 class SourceRow(NamedTuple):
     """The generation whose lanes are to be read."""
 
@@ -62,6 +84,8 @@ class SourceRow(NamedTuple):
     """True where a person has paused the handler that was asked for."""
     has_dead: bool
     """True where that handler has dead letters."""
+    snapshot: Snapshot | None
+    """What could be seen after the lane was locked; None where none was."""
 
 
 _ROW = "lane, lsn, ordinal, arrived_lsn, arrived_ordinal, holding, parked"
@@ -79,9 +103,10 @@ _SOURCE = text(
     "select generation, floor_lsn, floor_ordinal, lanes, history, delivery,"
     " delivery = 'plain' or (server_started = pg_postmaster_start_time()"
     "  and timeline = (select timeline_id from pg_control_checkpoint())),"
-    " false, false from tailrace.source"
+    " false, false, null from tailrace.source"
 )
 _ALL = text("select handler, lane, lsn, ordinal from tailrace.lanes")
+_CIRCLE = 2**32
 # pgoutput tells 32 bits of a transaction id; what is less than half a circle ahead of now is of the future,
 # and the future is never visible.
 _VISIBLE = text(
@@ -182,7 +207,10 @@ async def read_source(connection: AsyncConnection | AsyncSession) -> SourceRow:
 
 
 def _source(row: Sequence[Any]) -> SourceRow:
-    return SourceRow(row[0], Position(row[1], row[2]), row[3], row[4], row[5], bool(row[6]), *row[7:9])
+    snapshot = None if row[9] is None else Snapshot.parse(row[9])
+    return SourceRow(
+        row[0], Position(row[1], row[2]), row[3], row[4], row[5], bool(row[6]), row[7], row[8], snapshot
+    )
 
 
 async def visible(session: AsyncSession, xids: Iterable[int]) -> set[int]:

@@ -212,7 +212,7 @@ create function tailrace.take_lane(the_handler text, the_lane integer, idle text
 returns table (
   lane integer, lsn bigint, ordinal bigint, arrived_lsn bigint, arrived_ordinal bigint, holding integer,
   parked integer, generation text, floor_lsn bigint, floor_ordinal bigint, lanes integer, history text,
-  delivery text, same_server boolean, paused boolean, has_dead boolean
+  delivery text, same_server boolean, paused boolean, has_dead boolean, snapshot text
 )
 language plpgsql volatile as $$
 #variable_conflict use_column
@@ -227,7 +227,8 @@ begin
       s.delivery = 'plain' or (s.server_started = pg_postmaster_start_time()
         and s.timeline = (select timeline_id from pg_control_checkpoint())),
       coalesce((select h.paused from tailrace.handlers h where h.name = the_handler), false),
-      exists (select from tailrace.held d where d.handler = the_handler and d.status = 'dead')
+      exists (select from tailrace.held d where d.handler = the_handler and d.status = 'dead'),
+      pg_current_snapshot()::text
     from tailrace.lanes l, tailrace.source s where l.handler = the_handler and l.lane = the_lane;
 end
 $$

@@ -163,14 +163,17 @@ class Entries:
 
     async def _seen(self, turn: Turn, reads: list[Read]) -> list[Read]:
         """Cut off what is decoded but cannot be seen yet: a handler would compute from the old state."""
-        xids = {read.entry.xid for read in reads if read.entry.xid is not None}
-        if not xids:
+        snapshot = turn.source.snapshot
+        doubtful = {
+            xid
+            for read in reads
+            if (xid := read.entry.xid) is not None and (snapshot is None or not snapshot.shows(xid))
+        }
+        if not doubtful:
             return reads
-        visible = await self._visible.visible(turn.session, str(turn.source.generation), xids)
-        for n, read in enumerate(reads):
-            if read.entry.xid is not None and read.entry.xid not in visible:
-                return reads[:n]
-        return reads
+        # The entries were read after the snapshot was taken.
+        doubtful -= await self._visible.visible(turn.session, str(turn.source.generation), doubtful)
+        return next((reads[:n] for n, read in enumerate(reads) if read.entry.xid in doubtful), reads)
 
     async def _joint(self, turn: Turn, reads: list[Read], most: int, *, parks: bool) -> Joint | None:
         """See whether several lanes can go on, or be parked, in this transaction."""

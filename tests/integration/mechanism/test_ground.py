@@ -55,6 +55,23 @@ async def test_a_change_that_is_decoded_before_it_can_be_seen_waits(at: Bench, o
     assert await at.log() == [1, 2, 3]
 
 
+async def test_whether_a_transaction_can_be_seen_costs_no_statement_where_it_had_ended(
+    at: Bench, on: Handlers
+) -> None:
+    await at.load(on)
+    lane, drain = at.lane_of("one", item(1, 1)), at.drain("one")
+    xid = int(await at.db.fetchval("select pg_current_xact_id()::text")) % 2**32
+    statements = []
+    for id_, source in ((1, None), (2, None), (3, xid)):
+        raw = msgspec.structs.replace(raw_change("items", item(id_, 1), None), xid=source)
+        at.journal.add(raw, at.router.route(raw).matched, 1.0)
+        await at.journal.flush()
+        with at.killed_at(0) as seen:
+            assert (await drain.run(lane)).applied == 1
+        statements.append(seen[0])
+    assert statements[2] == statements[1]
+
+
 @pytest.mark.parametrize(
     "difference", ["server_started = server_started - interval '1 s'", "timeline = timeline + 1"]
 )
