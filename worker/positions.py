@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from worker.change import Position
-from worker.database import is_locked
+from worker.database import is_locked, run
 from worker.lanes import Lane
 
 WAIT_MS = 3_000
@@ -93,7 +93,7 @@ _FROM = "from tailrace.lanes where handler = :handler and lane ="
 _READ = f"select {_ROW} {_FROM}"
 # A dead or frozen process must not keep the row: Postgres ends its transaction by itself (kernel answers
 # keep-alives of a stopped process, and a killed one is noticed only when the statement it runs has ended).
-_TAKE = text("select * from tailrace.take_lane(:handler, :lane, cast(:idle as text), cast(:total as text))")
+_TAKE = "select * from tailrace.take_lane($1, $2, $3, $4)"
 _LOCK_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update skip locked")
 _WAIT_FOR_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update")
 _LOOK = text(f"{_READ} any (cast(:lanes as integer[]))")
@@ -122,13 +122,12 @@ _VISIBLE = text(
 _ASK_REREAD = text(
     "update tailrace.source set reread = :cause where generation = :generation and reread is null"
 )
-_MOVE = text(
-    "update tailrace.lanes set lsn = :lsn, ordinal = :ordinal,"
-    " arrived_lsn = case when lsn = :lsn and ordinal = :ordinal then arrived_lsn end,"
-    " arrived_ordinal = case when lsn = :lsn and ordinal = :ordinal then arrived_ordinal end,"
-    " read = read + :read, applied = applied + :applied, holding = holding + :holding,"
-    " parked = parked + :parked, moved_at = clock_timestamp()"
-    " where handler = :handler and lane = :lane"
+_MOVE = (
+    "update tailrace.lanes set lsn = $3, ordinal = $4,"
+    " arrived_lsn = case when lsn = $3 and ordinal = $4 then arrived_lsn end,"
+    " arrived_ordinal = case when lsn = $3 and ordinal = $4 then arrived_ordinal end,"
+    " read = read + $5, applied = applied + $6, holding = holding + $7, parked = parked + $8,"
+    " moved_at = clock_timestamp() where handler = $1 and lane = $2"
 )
 _COUNT_WAITING = text(
     "update tailrace.lanes set holding = holding + :holding, parked = parked + :parked"
@@ -147,13 +146,11 @@ async def take(session: AsyncSession, lane: Lane, limits: Limits) -> tuple[LaneR
     transaction is READ COMMITTED, so what is read after the lock is what the last holder left.
 
     Raises:
-        sqlalchemy.exc.DBAPIError: with SQLSTATE 55P03 where somebody else holds the row.
+        asyncpg.LockNotAvailableError: somebody else holds the row.
     """
-    connection = await session.connection()
     total = str(limits.total_ms) if limits.total_ms else None
-    parameters = {"handler": lane.handler, "lane": lane.number, "idle": str(limits.idle_ms), "total": total}
-    found = (await connection.execute(_TAKE, parameters)).one_or_none()
-    return None if found is None else (_row(found), _source(found[7:]))
+    found = await run(session, _TAKE, lane.handler, lane.number, str(limits.idle_ms), total)
+    return (_row(found[0]), _source(found[0][7:])) if found else None
 
 
 async def lock_others(session: AsyncSession, handler: str, lanes: Sequence[int]) -> dict[int, LaneRow]:
@@ -260,9 +257,7 @@ async def move(session: AsyncSession, lane: Lane, to: Position, moved: Moved = M
         to: never below where it is.
         moved: by how much its counters change.
     """
-    connection = await session.connection()
-    parameters = {"handler": lane.handler, "lane": lane.number, "lsn": to.lsn, "ordinal": to.ordinal}
-    await connection.execute(_MOVE, parameters | moved._asdict())
+    await run(session, _MOVE, lane.handler, lane.number, to.lsn, to.ordinal, *moved)
 
 
 async def count_waiting(session: AsyncSession, lane: Lane, holding: int, parked: int) -> None:

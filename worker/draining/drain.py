@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import asyncpg
 import structlog
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
@@ -131,7 +132,7 @@ class Drain:
             except Exception as error:
                 if (stopped := _stopped_by(error)) is not None:
                     return stopped
-                if careful or not isinstance(error, DBAPIError):
+                if careful or not isinstance(error, (DBAPIError, asyncpg.PostgresError)):
                     raise
                 careful = True  # COMMIT failed, or a handler swallowed an error: find out whose it is
         return Progress(ended=Pass.BUSY)

@@ -12,11 +12,11 @@ import asyncpg
 import structlog
 from redis.asyncio import Redis
 from sqlalchemy import Connection, event
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.util import await_only
 
 from tests.stack import Servers, _template, execute
-from worker import lease
+from worker import database, lease, positions
 from worker.cache import Cache
 from worker.catalogue import Catalogue, read_catalogue
 from worker.change import Context, Position, RawChange
@@ -244,11 +244,17 @@ class Bench:
         def before(connection: Connection, *_: object) -> None:
             strike(connection)
 
+        async def run(session: AsyncSession, statement: str, *arguments: object) -> Any:
+            await (await session.connection()).run_sync(strike)
+            return await database.run(session, statement, *arguments)
+
         event.listen(sync, "before_cursor_execute", before)
         event.listen(sync, "commit", strike)
+        positions.run = run  # type: ignore[attr-defined] # what goes by the driver fires no event
         try:
             yield seen
         finally:
+            positions.run = database.run  # type: ignore[attr-defined]
             event.remove(sync, "before_cursor_execute", before)
             event.remove(sync, "commit", strike)
 
