@@ -11,6 +11,7 @@ TailraceError
 ├── SessionMisuse           a handler tried to end or replace the worker's transaction
 ├── HandlerExit             a handler ended by something that is no Exception, or cancelled itself
 ├── HandlerStuck            a handler does not end, not even when it is cancelled
+├── RedisLost               a handler's command to Redis had no answer
 ├── TokenRefused            a token that is not to be trusted
 ├── KeysUnavailable         the public keys that would tell are not to be had
 ├── WorkerDied              a call has ended its worker's process, again and again
@@ -82,6 +83,10 @@ class HandlerExit(TailraceError):  # noqa: N818 - says what happened
 
 class HandlerStuck(TailraceError):  # noqa: N818 - says what happened
     """A handler that swallows its cancellation was left behind, and its session closed."""
+
+
+class RedisLost(TailraceError):  # noqa: N818 - says what happened
+    """Redis went away under a handler that uses it: nobody's fault, as when Postgres goes."""
 
 
 class TokenRefused(TailraceError):  # noqa: N818 - says what became of the token

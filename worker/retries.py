@@ -17,6 +17,7 @@ from worker.errors import (
     HandlerExit,
     HandlerStuck,
     MissingValueError,
+    RedisLost,
     RetryLater,
     SessionMisuse,
     WorkerDied,
@@ -67,6 +68,7 @@ RULES: tuple[Rule, ...] = (
         " once it is mended.",
     ),
     Rule(is_lost, Answer.LANE_WAITS, "Postgres went away in the midst: nothing to do but bring it back."),
+    Rule(_is(RedisLost), Answer.LANE_WAITS, "Redis went away in the midst: nothing to do but bring it back."),
     Rule(is_conflict, Answer.LANE_WAITS, "Another transaction was in the way: it is tried again at once."),
     Rule(
         _is(SessionMisuse),

@@ -103,6 +103,7 @@ async def kept(shop: Project) -> AsyncIterator[tuple[Kept, list[Kept]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("seed", range(SEEDS))
 async def test_the_order_of_each_key_holds_whatever_fails_is_redriven_or_killed(
     shop: Project, seed: int

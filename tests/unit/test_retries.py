@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import IntegrityError
 
 from worker import GiveUp, RetryLater
-from worker.errors import SessionMisuse
+from worker.errors import RedisLost, SessionMisuse
 from worker.retries import RULES, Allowance, Backoff, Policy, classify
 
 POLICY = Policy(Backoff(1.0, 600.0, lambda: 1.0), max_attempts=3)
@@ -27,7 +27,12 @@ def test_the_last_attempt_is_the_one_after_which_it_is_given_up() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [asyncpg.SerializationError("x"), asyncpg.DeadlockDetectedError("x"), asyncpg.InterfaceError("x")],
+    [
+        asyncpg.SerializationError("x"),
+        asyncpg.DeadlockDetectedError("x"),
+        asyncpg.InterfaceError("x"),
+        RedisLost("x"),
+    ],
 )
 def test_for_trouble_of_the_infrastructure_nobody_is_to_blame(error: Exception) -> None:
     assert classify(error, 100, POLICY) is None

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.change import ROWS_OF_CALL, Change, Context
 from worker.database import sqlstate_of
 from worker.draining.guard import Watch, guarded
-from worker.errors import HandlerStuck
+from worker.errors import HandlerStuck, RedisLost
 from worker.forgetting import Table
 from worker.registry import Handler
 from worker.retries import Failure, Policy, blames_nobody
@@ -115,6 +117,8 @@ class Caller:
                 await self.handler.function(argument, handler_session(session), *arguments)
                 # What the handler left in the unit of work is part of its call, and may fail like it.
                 await session.flush()
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            raise RedisLost(f"Redis cannot be reached ({type(error).__name__})") from error
         finally:
             rows.end()
             ROWS_OF_CALL.reset(known)

@@ -26,6 +26,7 @@ from worker.draining.items import Decoder
 from worker.draining.meetings import other_lanes
 from worker.draining.notes import Notes, Suspicion
 from worker.draining.passes import Pass, Progress, Turn
+from worker.errors import RedisLost
 from worker.lanes import Lane, Lanes
 from worker.positions import Limits, Moved, Seen
 from worker.registry import Handler
@@ -222,7 +223,7 @@ class Drain:
 
 def _stopped_by(error: BaseException) -> Progress | None:
     """Tell how a pass ends that an error has stopped; None where the error is no reason to wait."""
-    if isinstance(error, RedisError):
+    if isinstance(error, RedisError | RedisLost):
         return Progress(ended=Pass.AWAY, reason=_redis(error))
     if is_locked(error) or is_conflict(error):
         return Progress(ended=Pass.BUSY)
@@ -231,7 +232,7 @@ def _stopped_by(error: BaseException) -> Progress | None:
     return None
 
 
-def _redis(error: RedisError) -> str:
+def _redis(error: RedisError | RedisLost) -> str:
     return f"Redis cannot be used ({type(error).__name__}): check REDIS_URL and its memory"
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import Date, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -330,6 +331,30 @@ async def test_verdicts(at: Bench, on: Handlers, faults: Faults) -> None:
     assert (await drain.run(lane)).applied == 0
     assert await at.holding_is_true()
     assert await at.counters() == (1, 3, 0)
+
+
+async def test_redis_away_under_a_handler_is_nobodys_fault(at: Bench, on: Handlers, faults: Faults) -> None:
+    await at.load(on)
+
+    async def lose_redis(_: AsyncSession) -> None:
+        raise RedisConnectionError("away")
+
+    faults.by_note |= {"uses Redis": lose_redis, "bad": fail}
+    lane = await fill(at, 1, range(3), {1: "uses Redis"})
+    other = next(grp for grp in range(2, 60) if at.lane_of("one", item(1, grp)) == lane)
+    drain = at.drain("one", max_attempts=1)
+    assert (await drain.run(lane)).ended is Pass.AWAY
+    await fill(at, other, range(10, 12), {10: "bad"})
+    faults.by_note["uses Redis"] = None
+    await drain.run(lane)
+    lane = await fill(at, 1, range(20, 22), {20: "uses Redis"})
+    faults.by_note["uses Redis"] = lose_redis
+    progress = await drain.run(lane)  # with care now, after one that was guilty
+    assert (progress.ended, "RedisLost" in progress.reason) == (Pass.AWAY, True)
+    faults.by_note["uses Redis"] = None
+    await at.settle(drain)
+    assert await at.log() == [0, 1, 2, 11, 20, 21]
+    assert await at.rows("held", "id, status, attempts, error") == [(1, "dead", 1, "no")]
 
 
 async def test_what_waits_behind_a_dead_letter_goes_on(at: Bench, on: Handlers, faults: Faults) -> None:
