@@ -204,23 +204,26 @@ def sqlstate_of(error: BaseException) -> str | None:
 
 def explain(error: BaseException) -> str:
     """Say in one line why the database cannot be had; never with a password."""
-    for one in _chain(error):
-        state = getattr(one, "sqlstate", None)
-        if state in ("28P01", "28000"):
-            return "Postgres refuses the user or password of DATABASE_URL"
-        if state == "3D000":
-            return "the database named in DATABASE_URL does not exist"
-        if state == "42P01" and "tailrace." in str(one):
-            return "tailrace's tables are missing: run `python -m worker migrate`"
-        if state == "3F000":
-            return "schema tailrace is missing: run `python -m worker migrate`"
-        if (known := _known_trouble(one)) is not None:
-            return known
     innermost = _chain(error)[-1]
     words = next(iter(str(innermost).splitlines()), "")
+    for one in _chain(error):
+        state = getattr(one, "sqlstate", None)
+        if state in _STATES:
+            return _STATES[state].format(words=words)
+        if state == "42P01" and "tailrace." in str(one):
+            return "tailrace's tables are missing: run `python -m worker migrate`"
+        if (known := _known_trouble(one)) is not None:
+            return known
     return f"Postgres cannot be reached ({type(innermost).__name__}: {words})"
 
 
+_STATES = {
+    "28P01": "Postgres refuses the user or password of DATABASE_URL",
+    "28000": "Postgres refuses the user or password of DATABASE_URL",
+    "42501": "the user of DATABASE_URL may not do that ({words}): grant it, or connect as the tables' owner",
+    "3D000": "the database named in DATABASE_URL does not exist",
+    "3F000": "schema tailrace is missing: run `python -m worker migrate`",
+}
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 # What people meet with Supabase's addresses and poolers, and what helps.
 _TROUBLES: tuple[tuple[Callable[[BaseException, str], bool], str], ...] = (

@@ -4,7 +4,9 @@ import getpass
 import json
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import jwt
@@ -33,6 +35,12 @@ LISTED = {
 AUDIT = (
     "select who, via, action, handler, dead_letter, lane_key, details::text from tailrace.audit order by id"
 )
+READER = """
+create role reader login password 'secret';
+create role stranger login password 'secret';
+grant usage on schema tailrace to reader;
+grant select on all tables in schema tailrace to reader;
+"""
 VERSIONS = (
     "select string_agg(order_id || ':' || version, ' ' order by order_id, seq) from derived_log"
     " where order_id in (1, 2, 3)"
@@ -54,9 +62,9 @@ async def asked(shop: Project, *command: str) -> Any:
     return json.loads(output)
 
 
-async def refused(shop: Project, *command: str, code: int = 1) -> str:
+async def refused(shop: Project, *command: str, code: int = 1, **environment: str) -> str:
     """Run a command that must be refused, in one line."""
-    found, output = await shop.run(*command)
+    found, output = await shop.run(*command, **environment)
     assert found == code, output
     (line,) = output.splitlines()
     assert line.startswith("tailrace: ")
@@ -155,6 +163,68 @@ async def test_what_cannot_be_done_is_refused_in_one_line(shop: Project) -> None
     assert "no dead letters 17, 18" in await refused(shop, "dead-letters", "redrive", "18", "17")
     assert "no handler nobody" in await refused(shop, "lanes", "pause", "nobody", "--lane-key", "7")
     assert "--all means" in await refused(shop, "dead-letters", "discard", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # many processes, one after the other
+async def test_commands_choose_by_handler_table_error_class_and_time(shop: Project, tmp_path: Path) -> None:
+    await ready(shop)
+    await shop.worker()
+    await poison(shop)
+    for options, count in [
+        (["--handler", "log", "--table", "public.orders", "--error-class", "ValueError", "--since", "1h"], 6),
+        (["--error-class", "KeyError"], 0),
+        (["--table", "orders", "--until", "2020-01-31T09:00"], 0),
+        (["--handler", "totals"], 0),
+    ]:
+        assert len(await asked(shop, "dead-letters", "list", *options)) == count, options
+    code, output = await shop.run("dead-letters", "list", "--limit", "4")
+    assert (code, output.count("ValueError"), "more than the 4 shown" in output) == (0, 4, True)
+    first, second, *_ = (one["id"] for one in await asked(shop, "dead-letters", "list"))
+    told = await asked(shop, "dead-letters", "discard", "--handler", "log", "--dry-run")
+    assert len(told) == await shop.db.fetchval("select count(*) from tailrace.held") == 6
+    told = await asked(shop, "dead-letters", "discard", "--table", "orders", "--until", "1h")
+    assert told == await asked(shop, "dead-letters", "redrive", "--handler", "totals") == []
+    (tmp_path / "record.json").write_text('{"version": 77}')
+    await shop.db.execute("delete from derived_poison")
+    await asked(shop, "dead-letters", "redrive", str(first), "--record-file", str(tmp_path / "record.json"))
+    await shop.until("select count(*) from derived_log where version = 77", 1)
+    told = await asked(shop, "dead-letters", "discard", "--error-class", "ValueError", "--since", "1h")
+    assert [one["status"] for one in told] == ["discarded"] * 5
+    assert second in {one["id"] for one in told}
+    assert await shop.db.fetchval("select count(*) from tailrace.held") == 0
+    await counted(shop)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # many processes, one after the other
+async def test_commands_need_rights_on_the_tables(shop: Project) -> None:
+    listener = await shop.listener(wait=False)
+    await listener.said("listening")
+    await shop.worker()
+    await poison(shop)
+    await shop.db.execute(READER)
+    first = str((await asked(shop, "dead-letters", "list"))[0]["id"])
+    reading = [("dead-letters", "list"), ("dead-letters", "show", first), ("lanes", "list")]
+    deciding = [
+        ("dead-letters", "redrive", first),
+        ("dead-letters", "discard", first),
+        ("lanes", "pause", "log"),
+        ("lanes", "pause", "log", "--lane-key", "1"),
+        ("lanes", "resume", "log"),
+    ]
+    parts = urlsplit(shop.database_url)
+    place = parts.netloc.rpartition("@")[2]
+    for user, allowed, refused_ in [("reader", reading[:1], deciding), ("stranger", [], reading)]:
+        url = urlunsplit(parts._replace(netloc=f"{user}:secret@{place}"))
+        for command in allowed:
+            assert (await shop.run(*command, DATABASE_URL=url))[0] == 0, command
+        for command in refused_:
+            line = await refused(shop, *command, DATABASE_URL=url)
+            assert "the user of DATABASE_URL may not do that (permission denied" in line, command
+            assert "secret" not in line
+    assert await shop.db.fetchval("select count(*) from tailrace.audit") == 0
+    await shop.db.execute("drop owned by reader; drop role reader, stranger")
 
 
 async def test_a_handler_and_a_lane_key_are_paused_over_restarts_and_resumed(shop: Project) -> None:
