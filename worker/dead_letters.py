@@ -36,6 +36,7 @@ _FIND = text(
     " and (cast(:table as text) is null or cast(:table as text) = any(h.tables))"
     " order by d.id limit :most"
 )
+_HANDLER = text("select 1 from tailrace.handlers where name = :name")
 _LOWEST = -(2**63)
 
 
@@ -152,6 +153,16 @@ async def find(
     found = found[:most]
     await _learn_keys(connection, found)
     return found
+
+
+async def check_handler(connection: AsyncConnection, name: str) -> None:
+    """See that there is, or was, a handler of this name.
+
+    Raises:
+        Unknown: there is none.
+    """
+    if (await connection.execute(_HANDLER, {"name": name})).first() is None:
+        raise Unknown(f"there is no handler {name}")
 
 
 async def show(connection: AsyncConnection, id_: int) -> dict[str, Any]:

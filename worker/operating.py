@@ -63,9 +63,12 @@ class Operations:
     async def find(
         self, which: Which, *, after: int | None = None, most: int | None = None
     ) -> list[dict[str, Any]]:
-        """List dead letters in the order of their ids; above an id, at most so many."""
-        async with self._engine.connect() as connection:
-            return [one.told() for one in await dead_letters.find(connection, which, after=after, most=most)]
+        """List dead letters in the order of their ids; above an id, at most so many.
+
+        Raises:
+            Unknown: there is no such handler.
+        """
+        return [one.told() for one in await self._page(which, after, most)]
 
     async def show(self, id_: int) -> dict[str, Any]:
         """Tell all about one dead letter.
@@ -109,7 +112,7 @@ class Operations:
         meanwhile is left out; where one is refused, `refused` of it says why, and the others go on.
 
         Raises:
-            Unknown: an id is none; nothing was done.
+            Unknown: an id is none, or there is no such handler; nothing was done.
         """
         if which.ids is not None:
             found = {one["id"] for one in await self.find(which)}
@@ -117,7 +120,7 @@ class Operations:
                 raise dead_letters.unknown(missing)
         told: list[dict[str, Any]] = []
         after: int | None = None
-        while page := await self._page(which, after):
+        while page := await self._page(which, after, AT_ONCE):
             after = page[-1].id
             if dry_run:
                 told += [one.told() for one in page]
@@ -127,9 +130,13 @@ class Operations:
                 told += [await self._decided(operator, action, one.told()) for one in page]
         return told
 
-    async def _page(self, which: Which, after: int | None) -> list[DeadLetter]:
+    async def _page(self, which: Which, after: int | None, most: int | None) -> list[DeadLetter]:
         async with self._engine.connect() as connection:
-            return await dead_letters.find(connection, which, after=after, most=AT_ONCE)
+            found = await dead_letters.find(connection, which, after=after, most=most)
+            if not found and which.handler is not None:
+                # A name that is mistyped must not look as if all were well.
+                await dead_letters.check_handler(connection, which.handler)
+            return found
 
     async def _redriven(self, operator: Operator, page: Sequence[DeadLetter]) -> list[dict[str, Any]]:
         told: dict[int, dict[str, Any]] = {}

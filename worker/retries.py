@@ -9,6 +9,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Literal, NamedTuple
 
 from worker.database import is_conflict, is_lost, sqlstate_of
@@ -194,6 +195,14 @@ class Failure(NamedTuple):
         return self.delay is not None or self.halts
 
 
+def _from_handler(error: BaseException) -> TracebackType | None:
+    """Leave out the worker's own calls on the way to the handler, where it got there."""
+    found = error.__traceback__
+    while found is not None and found.tb_frame.f_globals.get("__name__", "").startswith("worker.draining."):
+        found = found.tb_next
+    return found or error.__traceback__
+
+
 def blames_nobody(error: BaseException) -> bool:
     """Tell whether the whole lane waits, and no attempt is used up."""
     return _rule(error).answer is Answer.LANE_WAITS
@@ -224,6 +233,6 @@ def classify(error: BaseException, attempts: int, policy: Policy) -> Failure | N
         delay = None
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    text = "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(type(error), error, _from_handler(error)))
     counts, halts = rule.answer is not Answer.LATER, policy.halts and delay is None
     return Failure(name, str(error)[:MOST_TEXT], text[-MOST_TEXT:], delay, rule.hint, counts, halts)

@@ -162,6 +162,7 @@ async def test_what_cannot_be_done_is_refused_in_one_line(shop: Project) -> None
     assert "no dead letter 17" in await refused(shop, "dead-letters", "show", "17")
     assert "no dead letters 17, 18" in await refused(shop, "dead-letters", "redrive", "18", "17")
     assert "no handler nobody" in await refused(shop, "lanes", "pause", "nobody", "--lane-key", "7")
+    assert "no handler nobody" in await refused(shop, "dead-letters", "redrive", "--handler", "nobody")
     assert "--all means" in await refused(shop, "dead-letters", "discard", code=2)
 
 
@@ -346,6 +347,7 @@ async def test_the_same_over_http_for_those_who_have_the_right(shop: Project) ->
             (404, "POST", f"/dead-letters/{first}/redrive", None),
             (404, "POST", f"/dead-letters/{10**30}/discard", None),
             (404, "POST", "/lanes/nobody/pause", None),
+            (404, "GET", "/dead-letters?handler=nobody", None),
             (404, "POST", "/lanes/log/resume", {"lane_key": "3"}),
             (409, "POST", "/lanes/log/pause", {"lane_key": "three"}),
             (409, "POST", f"/dead-letters/{others[0]}/redrive", {"record": {"id": 5}}),

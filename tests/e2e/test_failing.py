@@ -73,7 +73,8 @@ async def test_poison_rows_become_dead_letters_are_mended_and_redriven_in_order(
     assert await applied(shop) == good
     dead = await shop.db.fetch("select attempts, error_class, error, traceback from tailrace.held")
     assert {tuple(row)[:3] for row in dead} == {(3, "ValueError", "this order is poison")}
-    assert all("failing_handlers.py" in row["traceback"] for row in dead)
+    for row in dead:
+        assert "failing_handlers.py" in row["traceback"].splitlines()[1]  # nothing of the worker before it
 
     await shop.db.execute("insert into derived_mended default values")
     code, output = await shop.run("dead-letters", "redrive", "--all", "--json")

@@ -146,6 +146,9 @@ def show_dead_letters(letters: Sequence[Mapping[str, Any]], *, as_json: bool) ->
     if as_json:
         _print_json(letters)
         return
+    if not letters:
+        _console().print("no dead letters")
+        return
     words = ("id", "handler", "table", "type", "key", "attempts", "status", "error_class", "last_failed_at")
     decided = any("newer" in one for one in letters)
     table = Table(*(word.replace("_", " ") for word in words), *(["newer ones applied"] if decided else []))

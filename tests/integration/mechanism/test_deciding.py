@@ -367,6 +367,29 @@ async def test_who_redrives_is_told_which_newer_changes_were_applied(
     assert told["newer"]["count"] == 7
 
 
+async def test_what_is_redriven_together_hands_down_what_has_overtaken_it(
+    at: Bench, shop: Shop, desk: Desk
+) -> None:
+    await at.load(shop.on)
+    drain = at.drain("goes-on")
+    for note in ("poison 1", "fine 1", "poison 2", "fine 2", "poison 3", "fine 3"):
+        await at.put("items", item(1, 7, note))
+    await at.put("items", item(2, 8, "poison of another key"))
+    await passes(at, drain)
+    assert await newer(desk) == [3, 2, 1, 0]
+    _, second, third, fourth = await desk.dead()
+    shop.sick = False
+    told = await desk.redrive(fourth, third, second)
+    assert [(one["id"], one["newer"]["count"]) for one in told] == sorted(
+        [(second, 2), (third, 1), (fourth, 0)]
+    )
+    assert await newer(desk) == [3]
+    await passes(at, drain)
+    assert await newer(desk) == [5]
+    log = await at.log("note")
+    assert log.index("poison 2") < log.index("poison 3")
+
+
 async def test_a_dead_letter_that_none_has_overtaken(at: Bench, shop: Shop, desk: Desk) -> None:
     await at.load(shop.on)
     await at.put("items", item(1, 7, "fine"))
