@@ -18,6 +18,8 @@ from examples.demo.processes import Child, DemoError
 APPLIED: Final = "select coalesce(sum(applied), 0)::bigint from tailrace.lanes"
 _FILL_SECONDS: Final = 600.0
 _LOOK_SECONDS: Final = 0.2
+_FIRST_LOOK_SECONDS: Final = 0.005
+_NEXT_LOOK_SECONDS: Final = 0.05
 _AT_ONCE: Final = 500
 _RESTORED_BYTES: Final = 64 << 20
 """Of one transaction of Redis, which keeps all that is queued in it in memory."""
@@ -53,7 +55,13 @@ class Backlog:
         """What is to be applied: changes times the handlers that get each."""
 
     async def fill(
-        self, changes: int, *, insert: str = INSERT, each: int = 1, seconds: float = _FILL_SECONDS
+        self,
+        changes: int,
+        *,
+        insert: str = INSERT,
+        each: int = 1,
+        at_once: int = _AT_ONCE,
+        seconds: float = _FILL_SECONDS,
     ) -> None:
         """Write rows, have the listener read them, and keep aside what it wrote.
 
@@ -61,14 +69,15 @@ class Backlog:
             changes: rows to be written.
             insert: writes those from the first to the second of its parameters.
             each: how many handlers get a change.
+            at_once: rows of a commit.
             seconds: after which it has failed.
         """
         running = self._running
         self.entries = changes * each
         listener = await running.listener()
         url = await health(listener)
-        for start in range(0, changes, _AT_ONCE):
-            await running.db.execute(insert, start, min(start + _AT_ONCE, changes) - 1)
+        for start in range(0, changes, at_once):
+            await running.db.execute(insert, start, min(start + at_once, changes) - 1)
         deadline = time.monotonic() + seconds
         while (found := await asyncio.to_thread(_queued, url)) < self.entries:
             if listener.ended:
@@ -108,32 +117,37 @@ class Backlog:
         The rate is taken from a first look at a moment at which work had begun to the last commit, so that it
         is right for any kind of handler and leaves the start out.
         """
+        looks = await self.watched(workers, seconds=seconds)
+        (began, first), (ended, last) = looks[0], looks[-1]
+        if ended <= began or first >= last:
+            raise DemoError(f"a backlog of {self.entries} is too small to be measured")
+        return (last - first) / (ended - began)
+
+    async def watched(self, workers: int, *, seconds: float) -> list[tuple[float, int]]:
+        """Do so, and return times with how much was applied then: the last is that of the last commit."""
         running = self._running
         await self.reset()
         children = await running.workers(workers)
+        looks = list[tuple[float, int]]()
+        deadline = time.monotonic() + seconds
         try:
             await self.restore()
-            began, applied = await self._begun(children, seconds)
-            await running.until(APPLIED, self.entries, seconds=seconds, children=children)
+            while True:
+                at, applied = await running.db.fetchrow(_PROGRESS)
+                if applied:
+                    looks.append((at, applied))
+                if applied >= self.entries:
+                    break
+                for child in children:
+                    if child.ended:
+                        raise child.explained()
+                if time.monotonic() > deadline:
+                    raise DemoError(f"after {seconds:.0f} s {applied} of {self.entries} are applied")
+                await asyncio.sleep(_FIRST_LOOK_SECONDS if not applied else _NEXT_LOOK_SECONDS)
         finally:
             await running.end(*children)
-        ended = await running.db.fetchval(_LAST_COMMIT)
-        if ended <= began:
-            raise DemoError(f"a backlog of {self.entries} is too small to be measured")
-        return float((self.entries - applied) / (ended - began))
-
-    async def _begun(self, children: tuple[Child, ...], seconds: float) -> tuple[float, int]:
-        deadline = time.monotonic() + seconds
-        while True:
-            at, applied = await self._running.db.fetchrow(_PROGRESS)
-            if applied:
-                return at, applied
-            for child in children:
-                if child.ended:
-                    raise child.explained()
-            if time.monotonic() > deadline:
-                raise DemoError(f"after {seconds:.0f} s nothing was applied")
-            await asyncio.sleep(0.005)
+        looks[-1] = (await running.db.fetchval(_LAST_COMMIT), looks[-1][1])
+        return looks
 
 
 async def health(listener: Child) -> str:

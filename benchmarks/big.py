@@ -53,9 +53,7 @@ async def measure(report: Report, *, rows: int, transport: Transport, settings: 
             await redis.aclose()
         memory = {"listener": high_water(listener), "worker": high_water(worker)}
         await _once_each(running.db, rows)
-    report.notes.append(
-        f"{rows} rows in one transaction, read by {transport}; settings: {settings or 'defaults'}"
-    )
+    report.note(f"{rows} rows in one transaction, read by {transport}; settings: {settings or 'defaults'}")
     report.add("rate", "changes/s", [rows / seconds])
     for name, mib in memory.items():
         report.add(f"memory of the {name}", "MiB", [mib])

@@ -4,7 +4,9 @@ Proven delivery; the floor reads a slot by hand. Glue has no part in it: what it
 """
 
 import asyncio
+import math
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Final
 
@@ -19,7 +21,14 @@ _LOOK_SECONDS = 0.02
 
 
 async def measure(
-    report: Report, *, changes: int, rounds: int, rows: int, workers: int, transports: list[Kind]
+    report: Report,
+    *,
+    changes: int,
+    rounds: int,
+    rows: int,
+    workers: int,
+    transports: Sequence[Kind],
+    until: float = math.inf,
 ) -> None:
     """Measure each way in turns, and add the figures to the report.
 
@@ -30,6 +39,7 @@ async def measure(
         rows: of each commit.
         workers: of ours.
         transports: how ours reads the log.
+        until: when no further round is begun, by the monotonic clock.
     """
     async with AsyncExitStack() as opened:
         contenders, waits = list[Contender](), dict[Kind, list[float]]()
@@ -43,13 +53,13 @@ async def measure(
             one = _Missed(made, changes, rows, waits[kind])
             floor = None if kind == "floor" else "catch-up: floor"
             contenders.append(Contender(f"catch-up: {kind}", one.measure, floor, _SECONDS))
-        await interleave(report, contenders, rounds, "changes/s")
+        await interleave(report, contenders, rounds, "changes/s", until=until)
         for made in pipelines:
             report.remember(made.running.memory)
         for kind, seconds in waits.items():
             if seconds:
                 report.add(f"catch-up: {kind}, from the start of its processes", "s", seconds)
-    report.notes.append(
+    report.note(
         f"catch-up: {changes} changes missed, {rows} rows a commit, {rounds} rounds;"
         f" {workers} worker{'s' if workers > 1 else ''}"
     )

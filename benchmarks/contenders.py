@@ -5,7 +5,9 @@ on.
 """
 
 import asyncio
+import math
 import sys
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -40,11 +42,38 @@ class Contender:
 
 
 async def interleave(
-    report: Report, contenders: Sequence[Contender], rounds: int, unit: str, *, show: bool = True
+    report: Report,
+    contenders: Sequence[Contender],
+    rounds: int,
+    unit: str,
+    *,
+    until: float = math.inf,
 ) -> None:
-    """Run all rounds, and add the figures to the report."""
-    standing = list(contenders)
+    """Run the rounds, and add the figures to the report.
+
+    Args:
+        report: gets the figures.
+        contenders: in the order in which they take turns.
+        rounds: how many, unless the time is over before.
+        unit: of the figures.
+        until: when no further round is begun, by the monotonic clock; the first always is.
+    """
+    try:
+        await _take_turns(report, list(contenders), rounds, unit, until)
+    finally:  # what was measured counts, also where the time is over in the middle of a round
+        for one in contenders:
+            if one.rounds:
+                floor = report.found(one.floor) if one.floor is not None else None
+                report.add(one.case, unit, one.rounds, floor=floor)
+
+
+async def _take_turns(
+    report: Report, standing: list[Contender], rounds: int, unit: str, until: float
+) -> None:
     for number in range(rounds):
+        if number and standing and time.monotonic() > until:
+            report.note(f"{number} of {rounds} rounds, as time was over: {standing[0].case} and others")
+            break
         for one in list(standing):
             try:
                 async with asyncio.timeout(one.seconds):
@@ -54,12 +83,7 @@ async def interleave(
                 standing.remove(one)
                 tell(f"{one.case}: failed: {error}")
                 continue
-            if show:
-                tell(f"round {number + 1} of {rounds}: {one.case}: {one.rounds[-1]:,.1f} {unit}")
-    for one in contenders:
-        if one.rounds:
-            floor = report.found(one.floor) if one.floor is not None else None
-            report.add(one.case, unit, one.rounds, floor=floor)
+            tell(f"round {number + 1} of {rounds}: {one.case}: {one.rounds[-1]:,.1f} {unit}")
 
 
 def tell(text: str) -> None:

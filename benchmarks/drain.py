@@ -6,6 +6,7 @@ the rows of the first.
 """
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -111,7 +112,9 @@ from (select pg_xact_commit_timestamp(xmin) as at from derived_orders) made grou
 _DERIVED = "select count(*) from derived_orders"
 
 
-async def measure(report: Report, *, changes: int, rounds: int, only: Sequence[str] | None) -> None:
+async def measure(
+    report: Report, *, changes: int, rounds: int, only: Sequence[str] | None, until: float = math.inf
+) -> None:
     """Measure each kind of handler, floor and glue in turns, and add the figures to the report.
 
     Args:
@@ -119,6 +122,7 @@ async def measure(report: Report, *, changes: int, rounds: int, only: Sequence[s
         changes: backlog of a round.
         rounds: how often each is measured.
         only: names of workloads, or `glue`; None: all.
+        until: when no further round is begun, by the monotonic clock.
 
     Raises:
         DemoError: a backlog could not be written.
@@ -141,10 +145,10 @@ async def measure(report: Report, *, changes: int, rounds: int, only: Sequence[s
         # Nobody needs it any more, and while it looks at its slots it takes time from those who are measured.
         for running in stacks:
             await running.end(running.standin)
-        await interleave(report, contenders, rounds, "changes/s")
+        await interleave(report, contenders, rounds, "changes/s", until=until)
         for running in stacks:
             report.remember(running.memory)
-    report.notes.append(f"drain: backlog of {changes} changes, {rounds} rounds, batches of 500, 16 lanes")
+    report.note(f"drain: backlog of {changes} changes, {rounds} rounds, batches of 500, 16 lanes")
 
 
 async def _opened(opened: AsyncExitStack, workload: Workload, changes: int) -> "_Case":

@@ -92,7 +92,7 @@ async def measure(
         if case.share == 1:
             report.add(f"{case.title}, whole run", "changes/s", [whole])
             report.add(f"{case.title}, length of the run", "s", [length])
-    report.notes.append(
+    report.note(
         f"end-to-end: {seconds:g} s for stream, a quarter of it for others, each cut in {rounds}; commits of"
         f" {CASES[0].rows} rows, except where it says 1; {workers} worker{'s' if workers > 1 else ''}"
     )

@@ -64,7 +64,7 @@ async def measure(report: Report, *, seconds: float, rounds: int) -> None:
         if found:
             name = "busiest" if figure == "processor" else "largest"
             report.add(f"idle: {name} process", unit, [max(found)])
-    report.notes.append(f"idle: {seconds:g} s in {rounds} rounds; one handler, one worker")
+    report.note(f"idle: {seconds:g} s in {rounds} rounds; one handler, one worker")
 
 
 class _Idle:

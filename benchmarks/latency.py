@@ -1,30 +1,34 @@
 """Latency: from a commit, or in plain delivery its websocket frame, to the commit of what is derived from it.
 
-The handlers are the worked examples, `handlers/`: one change handler, one derive handler. Each change is an
-insert for a customer of its own, so that each has derived rows of its own and no batch covers up for another.
+Our handlers are the worked examples, `handlers/`: one change handler, one derive handler; the figure is that
+of the slower one. Each change is an insert for a customer of its own, so that each has derived rows of its
+own and no batch covers up for another. Floor and glue make one row for each change.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Sequence
-from typing import Final, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final, get_args
 
 import orjson
 
+from benchmarks.contenders import FAILURES, tell
+from benchmarks.pipelines import OURS, Kind, pipeline
 from benchmarks.report import Report, quantiles
 from benchmarks.stack import ORDERS, PYTHON, Stack, stack
 from examples.demo.database import connect
 from examples.demo.processes import Child, DemoError
 
 TITLE = "time from commit or websocket frame to the derived row, at a steady rate"
-Source = Literal["plain", "stream", "windows"]
-GOALS: Final[dict[Source, tuple[str, dict[str, float]]]] = {
-    "plain": ("frame to derived row", {"p50": 10.0, "p99": 50.0}),
-    "stream": ("commit to derived row", {"p50": 5.0, "p99": 25.0}),
-    "windows": ("commit to derived row", {"p50": 40.0}),
-}
-"""What is measured against a goal, and the milliseconds of each quantile."""
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+RATES: Final = (1.0, 50.0, 200.0, 1000.0)
+_FEWEST: Final = 5
+"""Changes of a round at the least, however low the rate."""
 _WARM_UP_SECONDS = 4.0
+_WARM_UP_RATE = 50.0
 _SETTLE_SECONDS = 60.0
 
 _INSERT = "insert into public.orders (customer_id, status, amount) values ($1, 'new', 12.50)"
@@ -38,25 +42,36 @@ select o.id,
 from orders o join order_status_log l on l.order_id = o.id join customer_totals t using (customer_id)
 where o.customer_id > $1 and o.customer_id <= $2
 """
+_COPIED = "select count(*) from derived_orders"
+_COPIES = """
+select o.id,
+       (extract(epoch from pg_xact_commit_timestamp(o.xmin)) * 1000000)::bigint,
+       (extract(epoch from pg_xact_commit_timestamp(d.xmin)) * 1000000)::bigint
+from orders o join derived_orders d on d.order_id = o.id
+where o.customer_id > $1 and o.customer_id <= $2
+"""
 
-CHANGE, DERIVE = "change handler", "derive handler"
+_FRAME = "commit to frame"
+HANDLERS = ("change handler", "derive handler")
+Span = tuple[int, int]
+Steps = Mapping[str, list[float]]
+"""Milliseconds of each change of a round, by what they are of."""
 
 
 class Writer:
     """Inserts single rows at a steady rate, each for a new customer."""
 
-    def __init__(self, url: str, rate: float) -> None:
+    def __init__(self, url: str, first: int = 0) -> None:
         self._url = url
-        self._rate = rate
-        self.written = 0
+        self.written = first
 
-    async def write(self, seconds: float) -> tuple[int, int]:
+    async def write(self, rate: float, seconds: float) -> Span:
         """Write for so long; returns the customers written for: above the first, up to the second."""
         before, began = self.written, time.monotonic()
         db = await connect(self._url)
         try:
-            for number in range(int(seconds * self._rate)):
-                await asyncio.sleep(max(0.0, began + number / self._rate - time.monotonic()))
+            for number in range(max(_FEWEST, int(seconds * rate))):
+                await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
                 self.written += 1
                 await db.execute(_INSERT, self.written)
         finally:
@@ -64,41 +79,119 @@ class Writer:
         return before, self.written
 
 
-async def measure(
-    report: Report, *, source: Source, rate: float, seconds: float, rounds: int, poll_interval: float
-) -> None:
-    """Run all rounds on one stack, and add their figures to the report.
+@dataclass
+class _Subject:
+    """What is measured: its processes run, and it tells what came of the writer's changes.
 
-    Raises:
-        DemoError: a process ended, or a derived row did not come.
+    Attributes:
+        url: of the database.
+        derived: waits until all changes up to that of a customer are derived.
+        steps: reads what each change of a span took.
+        finish: what is to be done after the last change and before the reading.
+        first: customers up to this one are not the writer's.
     """
-    delivery = {"WORKER_DELIVERY": "plain" if source == "plain" else "proven"}
+
+    url: str
+    derived: Callable[[int], Awaitable[None]]
+    steps: Callable[[Span], Awaitable[Steps]]
+    finish: Callable[[], Awaitable[None]] | None = None
+    first: int = 0
+    memory: dict[str, float] = field(default_factory=dict)
+
+
+async def measure(
+    report: Report,
+    *,
+    kinds: Sequence[Kind],
+    rates: Sequence[float],
+    seconds: float,
+    rounds: int,
+    poll_interval: float,
+    until: float = math.inf,
+) -> None:
+    """Measure each kind on servers of its own, its rates in turns, and add the figures to the report.
+
+    What fails is named there.
+
+    Args:
+        report: gets the figures.
+        kinds: what is measured.
+        rates: changes a second.
+        seconds: of a round.
+        rounds: how often each rate is measured.
+        poll_interval: of the stand-in, in seconds.
+        until: when no further round is begun, by the monotonic clock.
+    """
+    for kind in kinds:
+        made = _ours(kind, poll_interval) if kind in OURS else _other(kind, poll_interval)
+        try:
+            async with made as subject:
+                spans = await _rounds(kind, subject, rates, seconds, rounds, until)
+                if subject.finish is not None:
+                    await subject.finish()
+                for rate, of_rate in spans.items():
+                    _add(
+                        report, f"latency: {kind}, {rate:g}/s", [await subject.steps(one) for one in of_rate]
+                    )
+            report.remember(subject.memory)
+        except FAILURES as error:
+            report.fail(f"latency: {kind}", error)
+            tell(f"latency: {kind}: failed: {error}")
+    report.note(
+        f"latency: {rounds} rounds of {seconds:g} s at each rate, at least {_FEWEST} changes each;"
+        f" the stand-in looks at its slot every {poll_interval * 1000:g} ms"
+    )
+
+
+async def _rounds(
+    kind: Kind, subject: _Subject, rates: Sequence[float], seconds: float, rounds: int, until: float
+) -> dict[float, list[Span]]:
+    writer = Writer(subject.url, subject.first)
+    await writer.write(_WARM_UP_RATE, _WARM_UP_SECONDS)
+    await subject.derived(writer.written)
+    spans: dict[float, list[Span]] = {rate: [] for rate in rates}
+    for number in range(rounds):
+        if number and time.monotonic() > until:
+            break
+        for rate in rates:
+            began = time.monotonic()
+            spans[rate].append(await writer.write(rate, seconds))
+            took = time.monotonic() - began
+            await subject.derived(writer.written)
+            first, last = spans[rate][-1]
+            tell(
+                f"latency: {kind}, {rate:g}/s, round {number + 1} of {rounds}:"
+                f" {last - first} changes, written at {(last - first) / took:,.0f}/s"
+            )
+    return spans
+
+
+@asynccontextmanager
+async def _ours(kind: Kind, poll_interval: float) -> AsyncIterator[_Subject]:
+    delivery = {"WORKER_DELIVERY": "plain" if kind == "plain" else "proven"}
     async with stack("handlers", ORDERS, delivery, poll_interval=poll_interval) as running:
-        if source == "windows":
+        if kind == "windows":
             await running.read_in_windows()
         children: tuple[Child, ...] = (await running.listener(), await running.worker())
-        watcher = await _watcher(running) if source == "plain" else None
-        children += (watcher,) if watcher is not None else ()
-        writer = Writer(running.database_url, rate)
-        await _round(running, writer, _WARM_UP_SECONDS, children)
-        spans = []
-        for number in range(rounds):
-            spans.append(await _round(running, writer, seconds, children))
-            print(
-                f"round {number + 1} of {rounds}: {spans[-1][1] - spans[-1][0]} changes written and derived"
-            )
-        arrived: dict[str, int] | None = None
-        if watcher is not None:
-            await watcher.end()
-            arrived = orjson.loads((running.folder / "frames.json").read_bytes())
-        series = [await _latencies(running, arrived, span) for span in spans]
-    _add(report, source, series)
-    wanted = rate * seconds
-    late = [1 - (last - first) / wanted for first, last in spans]
-    report.notes.append(
-        f"{source}: {rate:g} changes/s, {rounds} rounds of {seconds:g} s ({wanted:.0f} changes each, worst"
-        f" round {max(late):.1%} short); the stand-in looks at its slot every {poll_interval * 1000:g} ms"
-    )
+        watcher = await _watcher(running) if kind == "plain" else None
+        watched = (*children, watcher) if watcher is not None else children
+        arrived = dict[str, int]()
+
+        async def derived(upto: int) -> None:
+            await running.until(_DERIVED, upto, seconds=_SETTLE_SECONDS, children=watched)
+
+        async def steps(span: Span) -> Steps:
+            return await _steps(running, arrived, span)
+
+        async def finish() -> None:
+            if watcher is not None:
+                await watcher.end()
+                arrived.update(orjson.loads((running.folder / "frames.json").read_bytes()))
+
+        subject = _Subject(running.database_url, derived, steps, finish)
+        yield subject
+        await running.end(*children)
+        subject.memory.update(running.memory)
 
 
 async def _watcher(running: Stack) -> Child:
@@ -110,47 +203,60 @@ async def _watcher(running: Stack) -> Child:
     return child
 
 
-async def _round(
-    running: Stack, writer: Writer, seconds: float, children: tuple[Child, ...]
-) -> tuple[int, int]:
-    span = await writer.write(seconds)
-    await running.until(_DERIVED, writer.written, seconds=_SETTLE_SECONDS, children=children)
-    return span
-
-
-async def _latencies(
-    running: Stack, arrived: dict[str, int] | None, span: tuple[int, int]
-) -> dict[str, list[float]]:
-    """Return the milliseconds of each step of each change of a round."""
+async def _steps(running: Stack, arrived: Mapping[str, int], span: Span) -> Steps:
     rows = await running.db.fetch(_COMMITS, *span)
-    if len(rows) != span[1] - span[0]:
-        raise DemoError(f"{span[1] - span[0]} changes have {len(rows)} derived rows")
+    _complete(rows, span)
     found: dict[str, list[float]] = {}
-    for id_, committed, logged, totalled in rows:
-        steps = {
-            f"commit to derived row, {CHANGE}": logged - committed,
-            f"commit to derived row, {DERIVE}": totalled - committed,
-        }
-        if arrived is not None:
-            frame = arrived[str(id_)] / 1000
-            steps |= {
-                f"frame to derived row, {CHANGE}": logged - frame,
-                f"frame to derived row, {DERIVE}": totalled - frame,
-                "commit to frame": frame - committed,
-            }
-        for name, microseconds in steps.items():
-            found.setdefault(name, []).append(microseconds / 1000)
+    for id_, committed, *derived in rows:
+        began = arrived[str(id_)] / 1000 if arrived else committed
+        for handler, at in zip(HANDLERS, derived, strict=True):
+            found.setdefault(handler, []).append((at - began) / 1000)
+        if arrived:
+            found.setdefault(_FRAME, []).append((began - committed) / 1000)
+            found.setdefault("from the commit", []).append((max(derived) - committed) / 1000)
     return found
 
 
-def _add(report: Report, source: Source, series: Sequence[dict[str, list[float]]]) -> None:
-    step, goals = GOALS[source]
-    worst = dict[str, float]()
-    for name in series[0]:
-        by_round = [quantiles(one[name]) for one in series]
-        for quantile in by_round[0]:
-            result = report.add(f"{name}, {quantile}", "ms", [one[quantile] for one in by_round])
-            if name.startswith(step):
-                worst[quantile] = max(worst.get(quantile, 0.0), result.value)
-    for quantile, goal in goals.items():
-        report.below(f"{step}, slower handler, {quantile}", worst[quantile], goal, "ms")
+@asynccontextmanager
+async def _other(kind: Kind, poll_interval: float) -> AsyncIterator[_Subject]:
+    """Floor or glue."""
+    async with pipeline(kind, poll_interval=poll_interval) as made:
+        await made.start()
+        running = made.running
+        await running.db.execute("truncate derived_orders")
+        first = 1_000_000  # above the customers that were written before
+
+        async def derived(upto: int) -> None:
+            wanted = upto - first
+            await running.until(_COPIED, wanted, seconds=_SETTLE_SECONDS, children=made.children)
+
+        async def steps(span: Span) -> Steps:
+            rows = await running.db.fetch(_COPIES, *span)
+            _complete(rows, span)
+            return {"": [(derived_at - committed) / 1000 for _, committed, derived_at in rows]}
+
+        yield _Subject(running.database_url, derived, steps, first=first)
+        await made.end()
+
+
+def _complete(rows: Sequence[object], span: Span) -> None:
+    if len(rows) != span[1] - span[0]:
+        raise DemoError(f"{span[1] - span[0]} changes have {len(rows)} derived rows")
+
+
+def _add(report: Report, case: str, rounds: Sequence[Steps]) -> None:
+    """Add the quantiles of each step; of handlers, those of the slower one."""
+    by_step: dict[str, list[dict[str, float]]] = {}
+    for one in rounds:
+        of_handlers = [quantiles(values) for step, values in one.items() if step in HANDLERS]
+        if of_handlers:
+            slower = {name: max(each[name] for each in of_handlers) for name in of_handlers[0]}
+            # Where frames were watched, it is what comes on top of them.
+            step = ", over the frame, slower handler" if _FRAME in one else ", slower handler"
+            by_step.setdefault(step, []).append(slower)
+        for step, values in one.items():
+            if step not in HANDLERS:
+                by_step.setdefault(f", {step}" if step else "", []).append(quantiles(values))
+    for step, found in by_step.items():
+        for name in found[0]:
+            report.add(f"{case}{step}, {name}", "ms", [each[name] for each in found])

@@ -139,16 +139,19 @@ class Pipeline:
 
 
 @asynccontextmanager
-async def pipeline(kind: Kind, *, workers: int = 1, ahead: int = 100_000) -> AsyncIterator[Pipeline]:
+async def pipeline(
+    kind: Kind, *, workers: int = 1, ahead: int = 100_000, poll_interval: float = 0.02
+) -> AsyncIterator[Pipeline]:
     """Start servers for one of them.
 
     Args:
         kind: which.
         workers: how many workers it gets.
         ahead: how many changes may wait in Redis.
+        poll_interval: of the stand-in, in seconds.
     """
     settings = {"WORKER_DELIVERY": "plain" if kind == "plain" else "proven", "WORKER_MAX_BACKLOG": str(ahead)}
-    async with stack("benchmarks.workloads.batch", ORDERS + TABLES, settings) as running:
+    async with stack("benchmarks.workloads.batch", ORDERS + TABLES, settings, poll_interval) as running:
         if kind == "windows":
             await running.read_in_windows()
         if kind == "floor":  # Realtime has no part in it

@@ -105,6 +105,11 @@ class Report:
         """Return the figure of a case, or None if there is none."""
         return next((one.value for one in self.results if one.case == case), None)
 
+    def note(self, text: str) -> None:
+        """Add a note, unless it is there already."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def remember(self, memory: Mapping[str, float]) -> None:
         """Take the most memory that processes have had, in MiB, from one of the cases."""
         for kind, mib in memory.items():

@@ -176,6 +176,7 @@ async def stack(
                 await db.close()
         failed = False
     finally:
+        shutil.rmtree(folder / "postgres" / "cluster", ignore_errors=True)
         if not failed:  # the logs say why
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+from xml.etree import ElementTree as ET
 
 import pytest
 
+from benchmarks import suite
 from benchmarks.contenders import Contender, interleave
-from benchmarks.goals import ROWS, Wanted, judge
+from benchmarks.goals import APART, ROWS, Wanted, judge
+from benchmarks.plot import drawn
 from benchmarks.report import Report
 from examples.demo.processes import DemoError
 
@@ -35,7 +38,7 @@ def test_a_run_of_all_has_each_goal_once_and_what_was_not_measured_is_not_met() 
     made = report()
     judge(made)
     written = json.loads(made.json())["goals"]
-    assert [goal["name"] for goal in written] == [row.name for row in ROWS]
+    assert [goal["name"] for goal in written] == [row.name for row in ROWS if row.benchmark not in APART]
     assert len(written) == 9
     assert not any(goal["met"] for goal in written)
     assert all("not measured" in goal["value"] for goal in written)
@@ -87,3 +90,38 @@ async def test_a_round_that_takes_too_long_is_a_failure() -> None:
     made = report()
     await interleave(made, [Contender("ours", asyncio.Event().wait, seconds=0.01)], 1, "changes/s")  # type: ignore[arg-type]
     assert [(one.case, one.error) for one in made.failed] == [("ours", "DemoError: not done after 0.01 s")]
+
+
+def test_what_is_drawn_are_the_rates_and_it_is_xml() -> None:
+    made = report()
+    made.add("drain: floor, <batches>", "changes/s", [100, 300, 200])
+    made.add("latency: stream", "ms", [4])
+    drawing = ET.fromstring(drawn(made))  # noqa: S314 - it is our own
+    texts = [element.text for element in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert "drain: floor, <batches>" in texts
+    assert "200" in texts
+    assert "latency: stream" not in texts
+
+
+async def test_a_benchmark_that_fails_is_named_and_the_next_one_is_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, saved = report(), list[int]()
+
+    async def fails(*_: object, **__: object) -> None:
+        raise ValueError("no such thing")
+
+    async def works(report: Report, **_: object) -> None:
+        report.add("scale: hot key", "changes/s", [1])
+
+    monkeypatch.setattr("benchmarks.suite.idle.measure", fails)
+    monkeypatch.setattr("benchmarks.suite.scale.measure", works)
+    await suite.measure(
+        made,
+        rounds=1,
+        share=1,
+        only=["idle", "scale"],
+        measured=lambda: saved.append(len(made.results)),
+    )
+    assert [(one.case, one.error) for one in made.failed] == [("idle", "ValueError: no such thing")]
+    assert saved == [0, 1]

@@ -1,0 +1,127 @@
+"""All benchmarks in one run of less than 20 minutes, whatever becomes of any of them.
+
+Each has a share of the time: after it, no further round is begun; long after it, the benchmark is given up,
+and the next one begins. What failed is named in the report, with what it failed of.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from benchmarks import catch_up, drain, end_to_end, idle, latency, scale
+from benchmarks.contenders import tell
+from benchmarks.pipelines import Kind
+from benchmarks.report import Report
+from examples.demo.processes import DemoError
+
+TITLE = "all of them but `big`, in less than 20 minutes"
+NAMES: Final = ("drain", "latency", "catch-up", "end-to-end", "idle", "scale")
+LONGEST_SECONDS: Final = 19 * 60.0
+"""Of the whole run, what it takes to end the processes of the last benchmark not counted."""
+_SECONDS: Final = {
+    "drain": 260.0,
+    "latency": 210.0,
+    "catch-up": 150.0,
+    "end-to-end": 190.0,
+    "idle": 60.0,
+    "scale": 270.0,
+}
+"""After so long no further round is begun."""
+_PATIENCE: Final = 1.6
+"""After so many times that, a benchmark is given up, unless the run has time left for it."""
+# What is compared with goals comes first, and gets the rates that the goals are about.
+_LATENCIES: Final[tuple[tuple[Kind, tuple[float, ...]], ...]] = (
+    ("stream", (1, 50, 200, 1000)),
+    ("plain", (50, 200)),
+    ("windows", (200,)),
+    ("floor", (200,)),
+    ("glue, arq tuned", (50, 200)),
+    ("glue, arq with its defaults", (50,)),
+)
+
+
+async def measure(
+    report: Report,
+    *,
+    rounds: int,
+    share: float,
+    only: Sequence[str] | None,
+    measured: Callable[[], object],
+) -> None:
+    """Run one after the other, and add the figures to the report.
+
+    Args:
+        report: gets the figures.
+        rounds: of each case, if there is time.
+        share: of the sizes and times of a full run.
+        only: names of those that are run; None: all.
+        measured: called after each.
+    """
+    ends = time.monotonic() + LONGEST_SECONDS
+    chosen = [name for name in NAMES if only is None or name in only]
+    for at, name in enumerate(chosen):
+        later = sum(_SECONDS[one] for one in chosen[at + 1 :])
+        left = ends - time.monotonic()
+        longest = max(_SECONDS[name] * _PATIENCE, left - later)
+        tell(f"{name}: {left / 60:.1f} minutes are left for this and what follows")
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(min(longest, left)):
+                await _one(name, report, rounds, share, began + min(_SECONDS[name], left))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others are to be measured
+            failure = DemoError("its time was over") if isinstance(error, TimeoutError) else error
+            report.fail(name, failure)
+            tell(f"{name}: failed: {failure}")
+        report.note(f"{name} took {time.monotonic() - began:.0f} s")
+        measured()
+
+
+def _one(name: str, report: Report, rounds: int, share: float, until: float) -> Awaitable[None]:
+    def sized(full: int) -> int:
+        return max(1_000, int(full * share))
+
+    match name:
+        case "drain":
+            return drain.measure(report, changes=sized(30_000), rounds=rounds, only=None, until=until)
+        case "latency":
+            return _latencies(report, rounds, 3.0 * share, until)
+        case "catch-up":
+            return catch_up.measure(
+                report,
+                changes=sized(200_000),
+                rounds=rounds,
+                rows=100,
+                workers=1,
+                transports=("stream",),
+                until=until,
+            )
+        case "end-to-end":
+            return end_to_end.measure(report, seconds=60 * share, rounds=rounds, workers=1, only=None)
+        case "idle":
+            return idle.measure(report, seconds=30 * share, rounds=rounds)
+        case _:
+            return scale.measure(
+                report,
+                changes=sized(10_000),
+                largest=max(scale.BACKLOGS) if share >= 1 else min(scale.BACKLOGS),
+                rounds=rounds,
+                only=None,
+                until=until,
+            )
+
+
+async def _latencies(report: Report, rounds: int, seconds: float, until: float) -> None:
+    left = len(_LATENCIES)
+    for kind, rates in _LATENCIES:
+        mine = time.monotonic() + max(0.0, until - time.monotonic()) * (2 if left > 1 else 1) / (left + 1)
+        await latency.measure(
+            report,
+            kinds=[kind],
+            rates=rates,
+            seconds=seconds,
+            rounds=rounds,
+            poll_interval=0.02,
+            until=mine,
+        )
+        left -= 1
