@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, title: str) -> argparse.ArgumentParser:
         one = names.add_parser(name, help=title, description=title)
         one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+        one.add_argument("--markdown", type=Path, metavar="FILE", help="write them there as tables")
         one.add_argument("--plot", type=Path, metavar="FILE", help="draw the rates there, as SVG")
         if name != "big":
             one.add_argument("--rounds", type=_whole, default=5, help="whose median counts (%(default)s)")
@@ -120,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         judged = running.save()
         print(judged.text())
+        if options.markdown is not None:
+            options.markdown.write_text(judged.markdown())
         if options.plot is not None:
             options.plot.write_text(plot.drawn(judged))
         return 0

@@ -166,6 +166,29 @@ class Report:
             )
         return captured.get()
 
+    def markdown(self) -> str:
+        """Return it as tables for a page."""
+        lines = [f"`{self.command}`, {self.seconds / 60:.0f} minutes, on {self.machine};"]
+        lines += [f"load average {self.load_before:.1f} before, {self.load_after:.1f} after.", ""]
+        lines += ["| goal | wanted | found | met |", "|---|---|---|---|"]
+        for goal in self.goals:
+            lines.append(f"| {goal.name} | {goal.goal} | {goal.value} | {'yes' if goal.met else '**no**'} |")
+        lines += [
+            "",
+            "| case | median | least to greatest round | rounds | of the floor |",
+            "|---|---|---|---|---|",
+        ]
+        for one in self.results:
+            ratio = "" if one.ratio is None else f"{one.ratio:.0%}"
+            spread = f"{number(one.spread[0])} to {number(one.spread[1])}"
+            found = f"{number(one.value)} {one.unit}"
+            lines.append(f"| {one.case} | {found} | {spread} | {len(one.rounds)} | {ratio} |")
+        lines.append("")
+        lines += [f"* failed: {one.case}: {one.error.splitlines()[0]}" for one in self.failed]
+        lines += [f"* skipped: {one}" for one in self.skipped]
+        lines += [f"* {one}" for one in self.notes]
+        return "\n".join([*lines, ""])
+
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Return p50, p95, p99 and max, by nearest rank."""

@@ -103,6 +103,17 @@ def test_what_is_drawn_are_the_rates_and_it_is_xml() -> None:
     assert "latency: stream" not in texts
 
 
+def test_a_page_has_goals_figures_and_what_failed() -> None:
+    made = report()
+    made.add("scale: hot key", "changes/s", [1, 2, 4])
+    made.fail("scale: lanes", DemoError("ended\nwith a log"))
+    judge(made)
+    lines = made.markdown().splitlines()
+    assert "| scale: hot key | 2.00 changes/s | 1.00 to 4.00 | 3 |  |" in lines
+    assert "* failed: scale: lanes: DemoError: ended" in lines
+    assert sum("| **no** |" in line for line in lines) == len(made.goals)
+
+
 async def test_a_benchmark_that_fails_is_named_and_the_next_one_is_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
