@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from typing import Final
 
 from benchmarks.contenders import Contender, interleave, tell
-from benchmarks.pipelines import Kind, Pipeline, pipeline
+from benchmarks.pipelines import DEBEZIUM, Kind, Pipeline, missing, pipeline
 from benchmarks.report import Report
 
 TITLE = "changes a second after a time in which neither listener nor worker ran, proven delivery"
@@ -44,7 +44,10 @@ async def measure(
     async with AsyncExitStack() as opened:
         contenders, waits = list[Contender](), dict[Kind, list[float]]()
         pipelines = list[Pipeline]()
-        for kind in ("floor", *transports):
+        for kind in ("floor", *transports, *DEBEZIUM[:1]):
+            if (why := missing(kind)) is not None:
+                report.skip(why)
+                continue
             made = await opened.enter_async_context(pipeline(kind, workers=workers))
             pipelines.append(made)
             await made.start()  # from now on there is a slot

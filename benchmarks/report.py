@@ -110,6 +110,11 @@ class Report:
         if text not in self.notes:
             self.notes.append(text)
 
+    def skip(self, why: str) -> None:
+        """Note that a case was left out, and why, unless that is noted already."""
+        if why not in self.skipped:
+            self.skipped.append(why)
+
     def remember(self, memory: Mapping[str, float]) -> None:
         """Take the most memory that processes have had, in MiB, from one of the cases."""
         for kind, mib in memory.items():

@@ -38,6 +38,8 @@ _LATENCIES: Final[tuple[tuple[Kind, tuple[float, ...]], ...]] = (
     ("floor", (200,)),
     ("glue, arq tuned", (50, 200)),
     ("glue, arq with its defaults", (50,)),
+    ("Debezium's engine", (50,)),
+    ("Debezium's engine tuned", (50,)),
 )
 
 
