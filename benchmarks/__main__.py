@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     scaling.add_argument(
         "--largest", type=_whole, default=max(scale.BACKLOGS), help="of the backlogs (%(default)s)"
     )
-    scaling.add_argument("--only", choices=scale.GROUPS, action="append", help="only this")
+    scaling.add_argument("--only", choices=[*scale.GROUPS], action="append", help="only this")
 
     poisoned = add("poison", poison.TITLE)
     poisoned.add_argument("--changes", type=_whole, default=20_000, help="backlog of a round (%(default)s)")

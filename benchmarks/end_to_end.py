@@ -38,7 +38,7 @@ class Case:
     kind: Kind
     rows: int
     ahead: int
-    share: float = 0.25
+    share: float = 0.15
 
     @property
     def title(self) -> str:
@@ -97,8 +97,8 @@ async def measure(
             report.add(f"{case.title}, whole run", "changes/s", [whole])
             report.add(f"{case.title}, length of the run", "s", [length])
     report.note(
-        f"end-to-end: {seconds:g} s for stream, a quarter of it for others, each cut in {rounds}; commits of"
-        f" {CASES[0].rows} rows, except where it says 1; {workers} worker{'s' if workers > 1 else ''}"
+        f"end-to-end: {seconds:g} s for stream, {CASES[0].share:.0%} of that for the others, cut in {rounds};"
+        f" {CASES[0].rows} rows a commit, except where it says 1; workers: {workers}"
     )
 
 

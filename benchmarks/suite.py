@@ -20,16 +20,18 @@ NAMES: Final = ("drain", "latency", "catch-up", "end-to-end", "idle", "scale")
 LONGEST_SECONDS: Final = 19 * 60.0
 """Of the whole run, what it takes to end the processes of the last benchmark not counted."""
 _SECONDS: Final = {
-    "drain": 260.0,
-    "latency": 210.0,
-    "catch-up": 150.0,
+    "drain": 220.0,
+    "latency": 200.0,
+    "catch-up": 170.0,
     "end-to-end": 190.0,
     "idle": 60.0,
-    "scale": 270.0,
+    "scale": 300.0,
 }
-"""After so long no further round is begun."""
+"""After so long no further round is begun, unless those before have left time over."""
 _PATIENCE: Final = 1.6
-"""After so many times that, a benchmark is given up, unless the run has time left for it."""
+"""After so many times that, a benchmark is given up."""
+_ROUNDS_END: Final = 0.85
+"""A round that has begun, and the end of the processes, take their time, too."""
 # What is compared with goals comes first, and gets the rates that the goals are about.
 _LATENCIES: Final[tuple[tuple[Kind, tuple[float, ...]], ...]] = (
     ("stream", (1, 50, 200, 1000)),
@@ -65,12 +67,12 @@ async def measure(
     for at, name in enumerate(chosen):
         later = sum(_SECONDS[one] for one in chosen[at + 1 :])
         left = ends - time.monotonic()
-        longest = max(_SECONDS[name] * _PATIENCE, left - later)
+        share_of_time = min(left, max(_SECONDS[name], left - later))
         tell(f"{name}: {left / 60:.1f} minutes are left for this and what follows")
         began = time.monotonic()
         try:
-            async with asyncio.timeout(min(longest, left)):
-                await _one(name, report, rounds, share, began + min(_SECONDS[name], left))
+            async with asyncio.timeout(min(left, share_of_time * _PATIENCE)):
+                await _one(name, report, rounds, share, began + share_of_time * _ROUNDS_END)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others are to be measured
             failure = DemoError("its time was over") if isinstance(error, TimeoutError) else error
             report.fail(name, failure)
@@ -87,7 +89,7 @@ def _one(name: str, report: Report, rounds: int, share: float, until: float) -> 
         case "drain":
             return drain.measure(report, changes=sized(30_000), rounds=rounds, only=None, until=until)
         case "latency":
-            return _latencies(report, rounds, 3.0 * share, until)
+            return _latencies(report, rounds, 2.5 * share, until)
         case "catch-up":
             return catch_up.measure(
                 report,
