@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import uvloop
@@ -120,7 +121,8 @@ def _live(order: Mapping[str, Any], log: int, report: int) -> None:
     os.environ.update(order["environment"])
     os.dup2(log, 2)
     os.close(log)
-    watch = Watch(report, Point(*order["point"]) if order["point"] else None)
+    late = Path(order["late"]) if order["late"] else None
+    watch = Watch(report, Point(*order["point"]) if order["point"] else None, late)
     run = uvloop.run
     uvloop.run = lambda main, **options: run(main, loop_factory=watch.loop, **options)
     uvloop.new_event_loop = watch.loop
@@ -214,7 +216,7 @@ class Nursery:
         )
         theirs.close()
         nursery = cls(process, ours)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await nursery._ready.wait()
         return nursery
 
@@ -242,11 +244,18 @@ class Nursery:
                 child.returncode = told["code"]
                 child.ended.set()
 
-    async def start(self, role: Role, environment: Mapping[str, str], point: Point | None = None) -> Born:
-        """Start a process; with a point, it is struck there."""
+    async def start(
+        self,
+        role: Role,
+        environment: Mapping[str, str],
+        point: Point | None = None,
+        late: Path | None = None,
+    ) -> Born:
+        """Start a process; with a point, it is struck there (see `Watch` for `late`)."""
         log, log_end = await _pipe()
         report, report_end = await _pipe()
-        order = json.dumps({"role": role, "environment": dict(environment), "point": point}).encode()
+        what = {"role": role, "environment": dict(environment), "point": point}
+        order = json.dumps(what | {"late": str(late) if late else None}).encode()
         async with self._lock:
             self._unborn = child = Child(log, report)
             socket.send_fds(self._orders, [order], [log_end, report_end])

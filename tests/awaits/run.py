@@ -7,11 +7,14 @@ part of what is tried.
 
 import asyncio
 import itertools
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from redis.asyncio import Redis
@@ -77,13 +80,15 @@ class Outcome:
 class Stage:
     """A project with the partner of the process that is struck, round after round."""
 
-    def __init__(self, made: Project, nursery: Nursery, role: Role) -> None:
+    def __init__(self, made: Project, nursery: Nursery, role: Role, folder: Path) -> None:
         self._made = made
         self._nursery = nursery
         self._role = role
         self._story = Story(made.db)
         self._committed = 0
         self._born: list[Born] = []
+        self._late = folder / made.environment["WORKER_SLOT"]
+        """Made when the last chapter begins: the last visit of a place has no number known before."""
 
     @classmethod
     @asynccontextmanager
@@ -93,12 +98,14 @@ class Stage:
         async with project(
             servers, tables.TABLES, "tests.awaits.tables", poll_interval=0.5, **SETTINGS, WORKER_SLOT=slot
         ) as made:
-            stage = cls(made, nursery, role)
+            folder = Path(tempfile.mkdtemp(prefix="awaits-"))
+            stage = cls(made, nursery, role, folder)
             try:
                 partner = await stage._start("worker" if role == "listener" else "listener")
                 await partner.said("working" if role == "listener" else "listening")
                 yield stage
             finally:
+                shutil.rmtree(folder)
                 for process in stage._born:
                     await process.kill()
                 of_slot = f"from pg_replication_slots where slot_name = '{slot}'"
@@ -106,7 +113,11 @@ class Stage:
                 await made.db.execute(f"select pg_drop_replication_slot(slot_name) {of_slot}")
 
     async def _start(self, role: Role, point: Point | None = None) -> Born:
-        process = await self._nursery.start(role, self._made.environment, point)
+        late = None
+        if point is not None and point.visit > 1:
+            late = self._late
+            late.unlink(missing_ok=True)
+        process = await self._nursery.start(role, self._made.environment, point, late)
         self._born = [*(one for one in self._born if one.child.returncode is None), process]
         return process
 
@@ -157,6 +168,8 @@ class Stage:
         armed: Born | None = None
         struck = False
         for chapter in told.CHAPTERS:
+            if chapter is told.CHAPTERS[-1]:
+                self._late.touch()
             await chapter(self._story)
             armed = armed or await self._start(self._role, point)
             struck = await self._struck(armed, self._settled(armed, mended=chapter is not told.busy))
