@@ -30,7 +30,7 @@ SETTINGS = {
 HANDLERS = ("goes_on", "halts")
 CUSTOMERS = 12
 STEPS = 6
-SEEDS = int(os.environ.get("TEST_SEEDS", "2"))
+SEEDS = int(os.environ.get("TEST_SEEDS", "1"))
 APPLIED = "select count(*)::int from derived_log"
 
 
