@@ -79,9 +79,10 @@ async def _take_turns(
                 async with asyncio.timeout(one.seconds):
                     one.rounds.append(await one.measure())
             except FAILURES as error:
-                report.fail(one.case, _explained(error, one.seconds))
+                explained = _explained(error, one.seconds)
+                report.fail(one.case, explained)
                 standing.remove(one)
-                tell(f"{one.case}: failed: {error}")
+                tell(f"{one.case}: failed: {explained}")
                 continue
             tell(f"round {number + 1} of {rounds}: {one.case}: {one.rounds[-1]:,.1f} {unit}")
 
