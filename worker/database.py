@@ -10,11 +10,11 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import asyncpg
 import structlog
-from sqlalchemy import event, text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -56,9 +56,47 @@ def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
         hide_parameters=True,  # row values must not reach a log by way of an error message
     )
     event.listen(engine.sync_engine, "connect", _keep_alive)
+    _send_savepoints_plainly(engine)
     _suit_the_pooler(engine)
     _ping_the_rested(engine)
     return engine
+
+
+def _send_savepoints_plainly(engine: AsyncEngine) -> None:
+    """Have savepoints set, released and rolled back in one round trip each.
+
+    Each has a name of its own. SQLAlchemy would have every such statement prepared before it is run, and the
+    many that are never used again would drive those that are out of the connection's cache.
+    """
+    dialect: Any = engine.sync_engine.dialect
+
+    async def send(adapter: Any, statement: str) -> None:  # noqa: ANN401 - SQLAlchemy's face of asyncpg
+        async with adapter._execute_mutex:  # noqa: SLF001 - what SQLAlchemy does before a statement, as below
+            if adapter._transaction is None:  # noqa: SLF001
+                await adapter._start_transaction()  # noqa: SLF001
+            await adapter.driver_connection.execute(statement)
+
+    def sender(words: str) -> Callable[[Connection, str], None]:
+        def run_with(connection: Connection, name: str) -> None:
+            try:
+                await_only(send(connection.connection.dbapi_connection, f"{words} {name}"))
+            except Exception as error:  # noqa: BLE001 - translated, and raised again
+                _as_sqlalchemy(connection, error)
+
+        return run_with
+
+    dialect.do_savepoint = sender("savepoint")
+    dialect.do_rollback_to_savepoint = sender("rollback to savepoint")
+    dialect.do_release_savepoint = sender("release savepoint")
+
+
+def _as_sqlalchemy(connection: Any, error: Exception) -> NoReturn:  # noqa: ANN401 - private parts of SQLAlchemy's
+    """Raise an error of the driver as SQLAlchemy would, and let it see whether the connection is lost."""
+    try:
+        connection.connection.dbapi_connection._handle_exception(error)  # noqa: SLF001
+    except Exception as translated:  # noqa: BLE001 - as above
+        connection._handle_dbapi_exception(translated, None, None, None, None)  # noqa: SLF001
+    raise error
 
 
 def _suit_the_pooler(engine: AsyncEngine) -> None:

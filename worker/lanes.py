@@ -38,10 +38,18 @@ QUEUED_MS = 2_000
 """A wake-up job that has not started by then is taken for lost."""
 
 
-AT_ONCE = 100
-"""Entries asked for in one command."""
+FIRST = 8
+"""Entries asked for at first, while nobody knows how wide those of a lane are."""
+AT_ONCE = 200
+"""Entries asked for in one command, however narrow those before were."""
+READ_BYTES = 1024 * 1024
+"""Entries of so many bytes are enough for one pass; a change of Realtime may have a megabyte.
+
+A worker has them in memory several times over, as bytes, as values and as parameters, for each of the lanes
+that it drains at a time.
+"""
 MOST_BYTES = 8 * 1024 * 1024
-"""Entries of so many bytes are enough for one pass; a change of Realtime may have a megabyte."""
+"""Payloads of so many bytes, of changes too large for Redis, are enough for one pass."""
 
 
 class Lane(NamedTuple):
@@ -169,6 +177,8 @@ class Found(NamedTuple):
     reads: "list[Read]"
     park_to: int
     """Count of the entry up to which the listener wants it parked; 0 where it does not."""
+    more: bool
+    """There may be more than was read."""
 
 
 class Lanes:
@@ -177,6 +187,8 @@ class Lanes:
     def __init__(self, redis: Redis, prefix: str) -> None:
         self.redis = redis
         self.prefix = prefix
+        self._widths: dict[Lane, int] = {}
+        """Bytes of an entry, as they were read last."""
         script = redis.register_script
         self.add_script: AsyncScript = script(lane_scripts.ADD)
         self._ring: AsyncScript = script(lane_scripts.RING)
@@ -205,23 +217,31 @@ class Lanes:
     # Reading and trimming, for workers
 
     async def read(self, generation: str, lane: Lane, after: Position, most: int) -> Found:
-        """Read entries above a position: at most so many, and not much more than MOST_BYTES."""
+        """Read entries above a position: at most so many, and not much more than READ_BYTES."""
         key = self.key(generation, lane)
+        asked = min(self._fitting(lane, READ_BYTES), most)
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.hget(f"{self.base(generation)}:parking", str(lane))
-            pipe.xrange(key, _above(after), "+", min(AT_ONCE, most))
+            pipe.xrange(key, _above(after), "+", asked)
             park_to, found = await pipe.execute()
         reads: list[Read] = []
-        size = 0
+        size, more = 0, False
         while found:
             for id_, fields in found:
                 reads.append(Read(Position.parse(id_.decode()), _DECODER.decode(fields[b"e"])))
                 size += len(fields[b"e"])
-            left = min(AT_ONCE, most - len(reads))
-            if len(found) < AT_ONCE or left <= 0 or size >= MOST_BYTES:
+            self._widths[lane] = size // len(reads) + 1
+            more = len(found) == asked
+            if not more or len(reads) >= most or size >= READ_BYTES:
                 break
-            found = await self.redis.xrange(key, _above(reads[-1].position), "+", left)
-        return Found(reads, int(park_to or 0))
+            asked = min(self._fitting(lane, READ_BYTES - size), most - len(reads))
+            found = await self.redis.xrange(key, _above(reads[-1].position), "+", asked)
+        return Found(reads, int(park_to or 0), more)
+
+    def _fitting(self, lane: Lane, size: int) -> int:
+        """Tell how many entries fit, if they are as wide as those that were read last."""
+        width = self._widths.get(lane)
+        return FIRST if width is None else min(AT_ONCE, size // width + 1)
 
     async def trim(self, generation: str, lane: Lane, last: Read) -> None:
         """Forget what Postgres says is applied: the entries up to `last`."""

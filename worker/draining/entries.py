@@ -21,7 +21,7 @@ from worker.draining.parking import park
 from worker.draining.passes import Pass, Turn
 from worker.draining.truncates import with_kept_keys
 from worker.draining.unparking import Unparking
-from worker.lanes import AT_ONCE, Lane, Lanes, Read
+from worker.lanes import Lane, Lanes, Read
 from worker.positions import Seen
 
 log = structlog.get_logger(__name__)
@@ -118,11 +118,11 @@ class Entries:
         generation, lane, position = str(turn.source.generation), turn.lane, turn.row.position
         if turn.notes is not None and turn.notes.suspicion.entries.until is None:
             most = self._batch  # all that the dead worker may have had in hand
-        reads, park_to = await self._lanes.read(generation, lane, position, most)
+        reads, park_to, more = await self._lanes.read(generation, lane, position, most)
         if not reads or not (turn.source.paused or reads[0].entry.count <= park_to):
-            return reads, False, len(reads) >= min(most, AT_ONCE)
+            return reads, False, more
         if len(reads) == most:
-            reads, _ = await self._lanes.read(generation, lane, position, PARKED_AT_ONCE)
+            reads, _, _ = await self._lanes.read(generation, lane, position, PARKED_AT_ONCE)
         if not turn.source.paused:
             reads = [read for read in reads if read.entry.count <= park_to]
         return reads, True, True

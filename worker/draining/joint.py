@@ -172,7 +172,7 @@ async def _behind(
     if row.parked > 0 and not parks:
         return None  # it came before all that is in the stream
     lane = Lane(turn.lane.handler, number)
-    reads, park_to = await store.read(str(turn.source.generation), lane, row.position, most)
+    reads, park_to, _ = await store.read(str(turn.source.generation), lane, row.position, most)
     if reads and reads[0].entry.count <= park_to and not parks:
         return None
     if has_hole(row.position, reads, turn.source.floor):

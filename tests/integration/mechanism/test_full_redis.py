@@ -41,13 +41,13 @@ async def room(at: Bench, size: int) -> None:
 
 
 async def enqueued(at: Bench) -> list[int]:
-    return sorted(
-        [
-            read.position.lsn
-            for lane in LANES
-            for read in (await at.lanes.read("g", lane, Position.ZERO, 1000)).reads
-        ]
-    )
+    positions = []
+    for lane in LANES:
+        after = Position.ZERO
+        while reads := (await at.lanes.read("g", lane, after, 1000)).reads:
+            positions += [read.position.lsn for read in reads]
+            after = reads[-1].position
+    return sorted(positions)
 
 
 def stage(to: LaneWriter, first: int) -> list[int]:

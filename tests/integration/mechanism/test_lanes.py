@@ -74,7 +74,9 @@ async def test_a_long_lane_is_read_in_parts_bounded_by_bytes(at: Bench) -> None:
     for n in range(250):
         stage(to, B, 300 + n, payload=b"x" * 100_000)
     await to.flush()
-    assert 84 <= len((await at.lanes.read("g", B, Position(0, 0), 1000)).reads) <= 200
+    for _ in range(2):  # of the first time nobody knows how wide they are
+        found = await at.lanes.read("g", B, Position(0, 0), 1000)
+        assert (11 <= len(found.reads) <= 20, found.more) == (True, True)
 
 
 async def test_another_token_is_refused_and_writes_nothing(at: Bench) -> None:
