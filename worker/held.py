@@ -116,6 +116,10 @@ _PROMOTE = text(
     "   where h.handler = :handler and h.waits and cardinality(cast(:keys as text[])) = 0 group by k)"
     " returning lanes[1]"
 )
+_BEHIND = text(
+    "select exists (select from tailrace.held where handler = :handler"
+    " and status = 'retrying' and next_attempt_at is null)"
+)
 _LANES = text(
     "select distinct h.handler, h.lanes[1] from tailrace.held h join tailrace.handlers on name = h.handler"
     " where h.status = 'retrying' and h.next_attempt_at <= clock_timestamp() and state = 'active'"
@@ -241,6 +245,12 @@ async def promote(session: AsyncSession, handler: str, keys: Sequence[bytes]) ->
     connection = await session.connection()
     texts = [key.decode() for key in keys]
     return {row[0] for row in await connection.execute(_PROMOTE, {"handler": handler, "keys": texts})}
+
+
+async def any_behind(session: AsyncSession, handler: str) -> bool:
+    """Tell whether any row of the handler waits behind another one."""
+    connection = await session.connection()
+    return bool((await connection.execute(_BEHIND, {"handler": handler})).scalar_one())
 
 
 async def due_lanes(connection: AsyncConnection) -> list[Lane]:

@@ -41,13 +41,14 @@ _FIRST = text(
     " order by id limit :most"
 )
 # What has never failed and is due is on its way; any other held one may wait for a long time.
+# By id: most keys have many rows that come later, so that to look for keys would read nearly all that waits.
 _BEFORE = text(
     "select k, min(id) filter (where waits_long), min(id) filter (where not waits_long) from ("
     " select h.id, h.keys, h.status <> 'parked' and (h.status <> 'retrying' or h.attempts > 0"
     "   or h.next_attempt_at is null) as waits_long"
     "  from tailrace.held h where h.handler = :handler"
-    "  and h.waits and h.keys && cast(:keys as text[]) and h.id <= :last"
-    "  and h.id <> all (cast(:ids as bigint[]))) found, unnest(keys) k group by k"
+    "  and h.waits and h.id <= :last and h.id <> all (cast(:ids as bigint[])) offset 0) found,"
+    " unnest(keys) k where k = any (cast(:keys as text[])) group by k"
 )
 _WALL = text(
     "select id, status <> 'parked' and (status <> 'retrying' or attempts > 0 or next_attempt_at is null)"

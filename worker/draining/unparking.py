@@ -133,8 +133,13 @@ class Unparking:
             if choice.free:
                 await turn.notes.begin_rows(choice.free[0].id, choice.free[-1].id)
         else:
-            rows = await self._with_others(turn, rows, lanes, most)
-            choice = await self._chosen(turn, rows, lanes)
+            alone = all(len(row.kept.lanes) == 1 for row in rows)
+            choice = await self._chosen(turn, rows, lanes) if alone else Choice()
+            if not alone or choice.later:
+                if not await self._take_along(turn, lanes):
+                    return False
+                rows = await parked.first(turn.session, lane.handler, sorted(lanes), most)
+                choice = await self._chosen(turn, rows, lanes)
             # A lane under suspicion may be waiting for this one, so this one must not wait for that.
             suspected = [row for row in choice.later if self._is_suspected(turn, row, lanes)]
             await self._to_held(turn, suspected, due=True)
@@ -168,30 +173,20 @@ class Unparking:
         turn.spoilers["held", first[0].id] = failure
         return replace(turn, careful=True), 1
 
-    async def _with_others(
-        self, turn: Turn, rows: list[HeldRow], lanes: dict[int, LaneRow], most: int
-    ) -> list[HeldRow]:
-        """Take along the lanes without which rows cannot be applied; returns the first rows of all of them.
+    async def _take_along(self, turn: Turn, lanes: dict[int, LaneRow]) -> bool:
+        """Lock the other lanes, as far as they are free; from then on the pass may apply what is theirs.
 
-        Args:
-            turn: of the lane's own pass; from then on it holds the rows of those lanes too.
-            rows: the first of the lane.
-            lanes: those that are locked; added to.
-            most: rows, at most.
+        All of them, because what a row waits for may be parked in any: one that left a key of this lane for
+        another lane's is parked in the lower of the two. False where another pass is just doing the same:
+        that one wants this lane, too, and with it much more can be applied at once.
         """
-        if all(len(row.kept.lanes) == 1 for row in rows):
-            return rows
-        refused = {lane.number for lane in self._suspicions}
+        handler = turn.lane.handler
+        suspected = {lane.number for lane in self._suspicions if lane.handler == handler}
         async with self._gate.taking() as alone:
-            if not alone:
-                return rows
-            while wanted := {number for row in rows for number in row.kept.lanes} - lanes.keys() - refused:
-                found = await positions.lock_others(turn.session, turn.lane.handler, sorted(wanted))
-                lanes.update(found)
-                refused |= wanted - found.keys()
-                if found:
-                    rows = await parked.first(turn.session, turn.lane.handler, sorted(lanes), most)
-        return rows
+            if alone:
+                wanted = set(range(turn.source.lanes or 1)) - lanes.keys() - suspected
+                lanes.update(await positions.lock_others(turn.session, handler, sorted(wanted)))
+        return alone
 
     async def _chosen(self, turn: Turn, rows: Sequence[HeldRow], lanes: Mapping[int, LaneRow]) -> Choice:
         before, wall = Before({}, {}), None
@@ -256,7 +251,8 @@ class Unparking:
 
     async def _promote(self, turn: Turn, rows: Sequence[HeldRow]) -> None:
         """Let the next of these keys be due, where one of them may be held behind what has gone."""
-        if any(row.holding > row.parked for row in turn.along.values()):
+        others = any(row.holding > row.parked for row in turn.along.values())
+        if others and await held.any_behind(turn.session, turn.lane.handler):
             keys = sorted({key for row in rows for key in row.kept.keys})
             await self._applying.release(turn, keys)
 
