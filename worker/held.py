@@ -116,6 +116,10 @@ _PROMOTE = text(
     "   where h.handler = :handler and h.waits and cardinality(cast(:keys as text[])) = 0 group by k)"
     " returning lanes[1]"
 )
+_UNTRIED = text(
+    "select exists (select from tailrace.held where handler = :handler and lanes[1] = :lane"
+    " and status = 'retrying' and attempts = 0 and next_attempt_at <= clock_timestamp())"
+)
 _BEHIND = text(
     "select exists (select from tailrace.held where handler = :handler"
     " and status = 'retrying' and next_attempt_at is null)"
@@ -245,6 +249,13 @@ async def promote(session: AsyncSession, handler: str, keys: Sequence[bytes]) ->
     connection = await session.connection()
     texts = [key.decode() for key in keys]
     return {row[0] for row in await connection.execute(_PROMOTE, {"handler": handler, "keys": texts})}
+
+
+async def any_untried(session: AsyncSession, lane: Lane) -> bool:
+    """Tell whether the lane has a row that is due and was never called."""
+    connection = await session.connection()
+    at = {"handler": lane.handler, "lane": lane.number}
+    return bool((await connection.execute(_UNTRIED, at)).scalar_one())
 
 
 async def any_behind(session: AsyncSession, handler: str) -> bool:

@@ -84,6 +84,14 @@ _LET_WAIT = text(
     " where h.handler = :handler and h.status = 'retrying' and h.attempts = 0"
     "  and h.next_attempt_at <= clock_timestamp() order by h.id limit :most for update of h skip locked)"
 )
+_ANY_LONG = text(
+    "select exists (select from tailrace.held where handler = :handler and waits and status <> 'parked'"
+    " and (status <> 'retrying' or attempts > 0 or next_attempt_at is null))"
+)
+_AGAIN = text(
+    "update tailrace.held set status = 'parked', next_attempt_at = null"
+    " where id = any(cast(:ids as bigint[]))"
+)
 MOST_AT_ONCE = 100
 _DELETE = text("delete from tailrace.held where id = any(cast(:ids as bigint[]))")
 _LANES = text(
@@ -186,6 +194,12 @@ async def from_held(session: AsyncSession, lane: Lane, keys: Sequence[bytes], mo
     return len(found.all())
 
 
+async def again(session: AsyncSession, ids: Sequence[int]) -> None:
+    """Park held rows again that have never failed: they are applied with all that is parked."""
+    connection = await session.connection()
+    await connection.execute(_AGAIN, {"ids": list(ids)})
+
+
 async def let_wait(session: AsyncSession, handler: str) -> None:
     """Let held rows that are due, but behind a row that waits for long, wait for that one.
 
@@ -195,7 +209,8 @@ async def let_wait(session: AsyncSession, handler: str) -> None:
         sqlalchemy.exc.DBAPIError: such a row is being let go just now (the lane is busy).
     """
     connection = await session.connection()
-    await connection.execute(_LET_WAIT, {"handler": handler, "most": MOST_AT_ONCE})
+    if (await connection.execute(_ANY_LONG, {"handler": handler})).scalar_one():
+        await connection.execute(_LET_WAIT, {"handler": handler, "most": MOST_AT_ONCE})
 
 
 async def let_go(session: AsyncSession, ids: Sequence[int]) -> None:

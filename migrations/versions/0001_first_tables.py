@@ -130,6 +130,8 @@ create index held_parked on tailrace.held (handler, (lanes[1]), id) where status
 create index held_dead on tailrace.held (handler, id) where status = 'dead';
 create index held_dead_by_key on tailrace.held using gin (keys) where status = 'dead';
 create index held_behind on tailrace.held (handler) where status = 'retrying' and next_attempt_at is null;
+create index held_long on tailrace.held (handler) where waits and status <> 'parked'
+  and (status <> 'retrying' or attempts > 0 or next_attempt_at is null);
 create index held_due on tailrace.held (next_attempt_at)
   where status = 'retrying' and next_attempt_at is not null;
 

@@ -5,7 +5,7 @@ order of steps around it, is the drain's business (drain.py).
 """
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import structlog
@@ -283,13 +283,23 @@ class Applying:
 
     # Held changes
 
-    async def retry(self, turn: Turn) -> bool:
-        """Try what is held and due, in order; True where more of it may be due."""
+    async def retry(self, turn: Turn, suspected: Collection[int] = ()) -> bool:
+        """Try what is held and due, in order; True where more of it may be due.
+
+        Args:
+            turn: of the pass.
+            suspected: lanes that wait for others only so far as rows of theirs are held.
+        """
         until = time.monotonic() + RETRY_SECONDS
         seen: list[int] = []
         more = True
         while more and (rows := await held.due(turn.session, turn.lane, seen)):
             more = len(rows) == held.MOST_AT_ONCE
+            rows, back = _apart(rows, turn, suspected)
+            if back:
+                await parked.again(turn.session, [row.id for row in back])
+                turn.progress.parked[turn.lane.number] += len(back)
+                more = True
             for row in rows:
                 if seen and time.monotonic() > until:
                     return True
@@ -367,6 +377,23 @@ class Applying:
 def _kept(read: Read) -> Kept:
     entry = read.entry
     return Kept(entry.lanes, entry.keys, read.position, entry.source, entry.payload)
+
+
+def _apart(
+    rows: Sequence[HeldRow], turn: Turn, suspected: Collection[int]
+) -> tuple[list[HeldRow], list[HeldRow]]:
+    """Choose what is called again by itself, and what is parked again, to be applied with all that follows.
+
+    That is what needs other lanes and has never failed: it was held while one of them was under suspicion.
+    """
+    alone: list[HeldRow] = []
+    back: list[HeldRow] = []
+    for row in rows:
+        untried = row.attempts == 0 and not row.redriven and bool(row.kept.keys)
+        free = turn.notes is None and not set(row.kept.lanes) & set(suspected)
+        known = ("held", row.id) in turn.spoilers
+        (back if untried and free and not known and len(row.kept.lanes) > 1 else alone).append(row)
+    return alone, back
 
 
 def count(batch: Sequence[Read], blocked: set[bytes]) -> tuple[dict[bytes, int], dict[bytes, int]]:

@@ -161,7 +161,7 @@ class Drain:
             if (suspicion := self._suspicions.get(lane)) is not None:
                 progress.notes = await Notes.open(self._lanes, lane, suspicion)
                 turn = replace(turn, notes=progress.notes)
-            more = not source.paused and row.holding > 0 and await self._applying.retry(turn)
+            more = not source.paused and row.holding > 0 and await self._entries.retry(turn)
             met, further = await self._entries.take(turn, self._most)
             await self._write(turn, met)
         if progress.ended is Pass.EMPTY and (more or further or spoilers):

@@ -62,6 +62,15 @@ class Entries:
         self._batch = batch
         self._unparking = Unparking(applying, self.gate, suspicions, batch)
 
+    async def retry(self, turn: Turn) -> bool:
+        """Try what is held and due; see `Applying.retry`."""
+        suspected = {lane.number for lane in self._suspicions if lane.handler == turn.lane.handler}
+        if not suspected:
+            return await self._applying.retry(turn)
+        # One at a time: a suspected lane and those that it needs would refuse each other their rows.
+        async with self.gate.taking() as alone:
+            return await self._applying.retry(turn, suspected) if alone else True
+
     async def take(self, turn: Turn, most: int) -> tuple[Sequence[int], bool]:
         """Apply what stands in the stream above the position, or park it; what is parked comes first.
 

@@ -15,7 +15,7 @@ from worker.draining.applying import Applying, Call
 from worker.draining.calls import LaneBlockedError
 from worker.draining.items import Item, KeyItem
 from worker.draining.joint import Gate
-from worker.draining.notes import Notes, Suspicion, verdict
+from worker.draining.notes import FEW, Notes, Suspicion, verdict
 from worker.draining.passes import Turn
 from worker.held import HeldRow
 from worker.lanes import Lane
@@ -128,8 +128,7 @@ class Unparking:
         if turn.notes is not None:
             choice = await self._chosen(turn, rows, lanes)
             # What needs other lanes is called for itself: nobody may be accused of what is another's fault.
-            await self._to_held(turn, choice.later, due=True)
-            choice.later = []
+            await self._single_out(turn, choice, [row for row in choice.later if len(row.kept.lanes) > 1])
             if choice.free:
                 await turn.notes.begin_rows(choice.free[0].id, choice.free[-1].id)
         else:
@@ -142,8 +141,7 @@ class Unparking:
                 choice = await self._chosen(turn, rows, lanes)
             # A lane under suspicion may be waiting for this one, so this one must not wait for that.
             suspected = [row for row in choice.later if self._is_suspected(turn, row, lanes)]
-            await self._to_held(turn, suspected, due=True)
-            choice.later = [row for row in choice.later if row not in suspected]
+            await self._single_out(turn, choice, suspected)
         await self._to_held(turn, choice.behind, due=False)
         await self._to_held(turn, choice.alone, due=True)
         if choice.free:
@@ -153,6 +151,16 @@ class Unparking:
         # What they wait for may be due and yet have to wait, for one that has failed meanwhile.
         await parked.let_wait(turn.session, lane.handler)
         return False
+
+    async def _single_out(self, turn: Turn, choice: Choice, rows: Sequence[HeldRow]) -> None:
+        """Hold a few rows that are to be called one by one, and no more before those are called.
+
+        Each of many would be looked at again and again, until those before it are gone.
+        """
+        if rows and not await held.any_untried(turn.session, turn.lane):
+            few = rows[:FEW]
+            await self._to_held(turn, few, due=True)
+            choice.later = [row for row in choice.later if row not in few]
 
     def _is_suspected(self, turn: Turn, row: HeldRow, lanes: Collection[int]) -> bool:
         return any(Lane(turn.lane.handler, n) in self._suspicions for n in set(row.kept.lanes) - set(lanes))
