@@ -40,19 +40,16 @@ _FIRST = text(
     "  where handler = :handler and lanes[1] = l and status = 'parked' order by id limit :most) first"
     " order by id limit :most"
 )
-# What has never failed and is due is on its way; any other held one may wait for a long time.
 # By id: most keys have many rows that come later, so that to look for keys would read nearly all that waits.
 _BEFORE = text(
     "select k, min(id) filter (where waits_long), min(id) filter (where not waits_long) from ("
-    " select h.id, h.keys, h.status <> 'parked' and (h.status <> 'retrying' or h.attempts > 0"
-    "   or h.next_attempt_at is null) as waits_long"
-    "  from tailrace.held h where h.handler = :handler"
+    " select h.id, h.keys, h.waits_long from tailrace.held h where h.handler = :handler"
     "  and h.waits and h.id <= :last and h.id <> all (cast(:ids as bigint[])) offset 0) found,"
     " unnest(keys) k where k = any (cast(:keys as text[])) group by k"
 )
 _WALL = text(
-    "select id, status <> 'parked' and (status <> 'retrying' or attempts > 0 or next_attempt_at is null)"
-    " from tailrace.held where handler = :handler and waits and keys = '{}' order by id limit 1"
+    "select id, waits_long from tailrace.held where handler = :handler and waits and keys = '{}'"
+    " order by id limit 1"
 )
 _TO_HELD = text(
     "update tailrace.held set status = 'retrying',"
@@ -77,17 +74,12 @@ _FROM_HELD = text(
 _LET_WAIT = text(
     "update tailrace.held set next_attempt_at = null where id in ("
     " select h.id from tailrace.held h cross join lateral (select from tailrace.held e"
-    "  where e.handler = h.handler and e.waits and e.id < h.id and e.keys && h.keys"
-    "  and e.status <> 'parked'"
-    "  and (e.status <> 'retrying' or e.attempts > 0 or e.next_attempt_at is null)"
+    "  where e.handler = h.handler and e.waits and e.waits_long and e.id < h.id and e.keys && h.keys"
     "  order by e.id limit 1 for key share nowait) earlier"
     " where h.handler = :handler and h.status = 'retrying' and h.attempts = 0"
     "  and h.next_attempt_at <= clock_timestamp() order by h.id limit :most for update of h skip locked)"
 )
-_ANY_LONG = text(
-    "select exists (select from tailrace.held where handler = :handler and waits and status <> 'parked'"
-    " and (status <> 'retrying' or attempts > 0 or next_attempt_at is null))"
-)
+_ANY_LONG = text("select exists (select from tailrace.held where handler = :handler and waits_long)")
 _AGAIN = text(
     "update tailrace.held set status = 'parked', next_attempt_at = null"
     " where id = any(cast(:ids as bigint[]))"

@@ -97,6 +97,8 @@ create table tailrace.held (
   held_at         timestamptz not null default clock_timestamp(),
   halts           boolean not null default false,
   waits           boolean not null generated always as (status <> 'dead' or halts) stored,
+  waits_long      boolean not null generated always as ((status <> 'dead' or halts) and status <> 'parked'
+    and (status <> 'retrying' or attempts > 0 or next_attempt_at is null)) stored,
   next_attempt_at timestamptz,
   error_class     text,
   error           text,
@@ -115,6 +117,8 @@ comment on column tailrace.held.history is
   'the history to which its position belongs: the same position is another change in another one';
 comment on column tailrace.held.halts is 'a dead letter that holds back its keys until a person has decided';
 comment on column tailrace.held.waits is 'later changes of its keys wait behind it';
+comment on column tailrace.held.waits_long is
+  'it waits, but is not on its way, as what is parked is, or due and has never failed';
 comment on column tailrace.held.told_at is 'when the hooks for dead letters had been called';
 comment on column tailrace.held.overtaken_by is
   'newer changes of its keys that were applied while it was the last dead letter before them';
@@ -130,8 +134,7 @@ create index held_parked on tailrace.held (handler, (lanes[1]), id) where status
 create index held_dead on tailrace.held (handler, id) where status = 'dead';
 create index held_dead_by_key on tailrace.held using gin (keys) where status = 'dead';
 create index held_behind on tailrace.held (handler) where status = 'retrying' and next_attempt_at is null;
-create index held_long on tailrace.held (handler) where waits and status <> 'parked'
-  and (status <> 'retrying' or attempts > 0 or next_attempt_at is null);
+create index held_long on tailrace.held (handler) where waits_long;
 create index held_due on tailrace.held (next_attempt_at)
   where status = 'retrying' and next_attempt_at is not null;
 

@@ -64,7 +64,7 @@ class Entries:
 
     async def retry(self, turn: Turn) -> bool:
         """Try what is held and due; see `Applying.retry`."""
-        suspected = {lane.number for lane in self._suspicions if lane.handler == turn.lane.handler}
+        suspected = {lane.number for lane in self._suspicions}
         if not suspected:
             return await self._applying.retry(turn)
         # One at a time: a suspected lane and those that it needs would refuse each other their rows.

@@ -140,8 +140,10 @@ class Unparking:
                 rows = await parked.first(turn.session, lane.handler, sorted(lanes), most)
                 choice = await self._chosen(turn, rows, lanes)
             # A lane under suspicion may be waiting for this one, so this one must not wait for that.
-            suspected = [row for row in choice.later if self._is_suspected(turn, row, lanes)]
-            await self._single_out(turn, choice, suspected)
+            suspected = self._suspected() - lanes.keys()
+            await self._single_out(
+                turn, choice, [row for row in choice.later if suspected & {*row.kept.lanes}]
+            )
         await self._to_held(turn, choice.behind, due=False)
         await self._to_held(turn, choice.alone, due=True)
         if choice.free:
@@ -162,13 +164,14 @@ class Unparking:
             await self._to_held(turn, few, due=True)
             choice.later = [row for row in choice.later if row not in few]
 
-    def _is_suspected(self, turn: Turn, row: HeldRow, lanes: Collection[int]) -> bool:
-        return any(Lane(turn.lane.handler, n) in self._suspicions for n in set(row.kept.lanes) - set(lanes))
+    def _suspected(self) -> set[int]:
+        return {lane.number for lane in self._suspicions}
 
     async def _few(self, turn: Turn, notes: Notes, most: int) -> tuple[Turn, int]:
         """Of a lane under suspicion take a few rows; or judge the first of them."""
         rows, suspicion = notes.suspicion.rows, notes.suspicion
-        first = await parked.first(turn.session, turn.lane.handler, (turn.lane.number,), self._batch)
+        most_in_hand = self._batch if rows.until is None else 1
+        first = await parked.first(turn.session, turn.lane.handler, (turn.lane.number,), most_in_hand)
         if rows.until is None and first:
             rows.until = first[-1].id  # all that the dead worker may have had in hand
         if not first or rows.until is None or first[0].id > rows.until:
@@ -189,10 +192,9 @@ class Unparking:
         that one wants this lane, too, and with it much more can be applied at once.
         """
         handler = turn.lane.handler
-        suspected = {lane.number for lane in self._suspicions if lane.handler == handler}
         async with self._gate.taking() as alone:
             if alone:
-                wanted = set(range(turn.source.lanes or 1)) - lanes.keys() - suspected
+                wanted = set(range(turn.source.lanes or 1)) - lanes.keys() - self._suspected()
                 lanes.update(await positions.lock_others(turn.session, handler, sorted(wanted)))
         return alone
 
