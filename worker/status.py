@@ -18,9 +18,13 @@ from worker.database import make_engine
 from worker.lanes import NOTHING, Lanes, by_handler
 from worker.queue import connection_pool
 
+MOST_LANES = 64
+"""Lanes of a handler that are told one by one; of more, neighbours are told together."""
+
 _HANDLERS = text(
     "select h.name, h.state, h.paused, h.filtered, coalesce(sum(l.read), 0)::bigint,"
-    " coalesce(sum(l.applied), 0)::bigint"
+    " coalesce(sum(l.applied), 0)::bigint, h.kind, h.tables,"
+    " coalesce(array_agg(l.holding order by l.lane) filter (where l.lane is not null), '{}')"
     " from tailrace.handlers h left join tailrace.lanes l on l.handler = h.name"
     " group by h.name order by h.name"
 )
@@ -28,6 +32,10 @@ _HELD = text(
     "select handler, status, sum(changes)::bigint,"
     " extract(epoch from clock_timestamp() - min(held_at))::float8 from tailrace.held"
     " group by handler, status"
+)
+# A length is told by the row itself: no payload is read for it.
+_PAYLOADS = text(
+    "select handler, count(*), sum(octet_length(payload))::bigint from tailrace.payloads group by handler"
 )
 # The mark of a paused key counts the changes for which it stands.
 _FIELDS = {"retrying": "held", "parked": "parked", "paused": "parked", "dead": "dead"}
@@ -43,7 +51,7 @@ _GAPS = text(
 )
 _BACKFILLS = text(
     "select id, handler, schema_name || '.' || table_name as table, state, rows, keys, estimated, rate,"
-    " asked_at"
+    " asked_at, gap is not null as closes_gap"
     " from tailrace.backfills where state in ('waiting', 'running') order by id limit 50"
 )
 _COUNTS = text(
@@ -73,6 +81,8 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
         counts = dict((await connection.execute(_COUNTS)).mappings().one())
         active = await lease.holder(connection)
     workers, backlog = await _from_redis(lanes, row[1], handlers)
+    for handler in handlers.values():
+        handler["lanes"] = {name: _folded(each) for name, each in handler["lanes"].items()}
     return {
         "delivery": row[0],
         "reason": None,
@@ -99,9 +109,12 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
 
 async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
     handlers: dict[str, dict[str, Any]] = {}
-    for name, state, paused, filtered, passed, applied in await connection.execute(_HANDLERS):
+    found = await connection.execute(_HANDLERS)
+    for name, state, paused, filtered, passed, applied, kind, tables, holding in found:
         handlers[name] = {
             "state": state,
+            "kind": kind,
+            "tables": tables,
             "read": filtered + passed,
             "filtered": filtered,
             "applied": applied,
@@ -110,13 +123,19 @@ async def _handlers(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
             "dead": 0,
             "queued": 0,
             "queued_bytes": 0,
+            "payloads": 0,
+            "payload_bytes": 0,
             "lag_seconds": 0.0,
             "paused": paused,
+            "lanes": {"queued": [0] * len(holding), "holding": holding},
         }
     for name, status, changes, seconds in await connection.execute(_HELD):
         handlers[name][_FIELDS[status]] += changes
         if status == "parked":
             handlers[name]["lag_seconds"] = seconds
+    for name, count, size in await connection.execute(_PAYLOADS):
+        if name in handlers:  # the rows of a handler that was removed are swept
+            handlers[name] |= {"payloads": count, "payload_bytes": size}
     return handlers
 
 
@@ -139,6 +158,8 @@ async def _from_redis(
                 handlers[name]["queued_bytes"] = backlog.size
                 handlers[name]["read"] += backlog.changes
         for lane in [lane for lane, backlog in backlogs.items() if backlog.entries]:
+            if lane.handler in handlers and lane.number < len(handlers[lane.handler]["lanes"]["queued"]):
+                handlers[lane.handler]["lanes"]["queued"][lane.number] = backlogs[lane].changes
             oldest = (await lanes.read(generation, lane, Position(0, 0), 1)).reads
             if oldest and lane.handler in handlers:
                 waited = max(0.0, time.time() - oldest[0].entry.at)
@@ -148,7 +169,16 @@ async def _from_redis(
     except (RedisError, OSError):
         for handler in handlers.values():
             handler["queued"] = handler["queued_bytes"] = None
+            handler["lanes"]["queued"] = None
         return [], None
+
+
+def _folded(each: list[int] | None) -> list[int] | None:
+    """Add up neighbours, until there are no more than can be shown."""
+    if each is None:
+        return None
+    step = -(-len(each) // MOST_LANES) or 1
+    return [sum(each[first : first + step]) for first in range(0, len(each), step)]
 
 
 async def read_status(settings: Settings) -> dict[str, Any]:

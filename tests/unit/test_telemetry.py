@@ -14,6 +14,8 @@ LEADS = ListenerFacts(ready=True, leads=True, rereads=2, connections=3, limits=(
 def handler(**counts: Any) -> dict[str, Any]:
     known = {
         "state": "active",
+        "kind": "derive",
+        "tables": ["public.orders"],
         "read": 100,
         "filtered": 10,
         "applied": 60,
@@ -22,6 +24,9 @@ def handler(**counts: Any) -> dict[str, Any]:
         "dead": 1,
         "queued": 20,
         "queued_bytes": 2_000,
+        "payloads": 1,
+        "payload_bytes": 70_000_000,
+        "lanes": {"queued": [20, 0], "holding": [0, 9]},
         "lag_seconds": 1.5,
         "paused": False,
     }
@@ -116,6 +121,12 @@ def test_what_is_queued_is_not_among_what_was_read() -> None:
     assert found["tailrace_changes_read_total", "totals"] == 80
     assert found["tailrace_changes_queued", "totals"] == 20
     assert found["tailrace_handler_lag_bytes", "totals"] == 2_000
+
+
+def test_payloads_that_redis_is_spared_are_counted_beside_those_in_it() -> None:
+    found = told(of_listener(LEADS, state()))
+    assert found["tailrace_payloads", "totals"] == 1
+    assert found["tailrace_payloads_bytes", "totals"] == 70_000_000
 
 
 def test_of_a_slot_its_status_is_one_of_four() -> None:

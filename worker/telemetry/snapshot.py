@@ -94,6 +94,8 @@ def _handler(name: str, handler: Mapping[str, Any]) -> Iterator[Sample]:
         yield Sample("tailrace_changes_queued", queued, labels)
         yield Sample("tailrace_handler_lag_seconds", handler["lag_seconds"], labels)
         yield Sample("tailrace_handler_lag_bytes", handler["queued_bytes"], labels)
+    yield Sample("tailrace_payloads", handler["payloads"], labels)
+    yield Sample("tailrace_payloads_bytes", handler["payload_bytes"], labels)
     yield Sample("tailrace_handler_paused", bool(handler["paused"]), labels)
     yield Sample("tailrace_handler_orphaned", handler["state"] == "orphaned", labels)
 

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from standin.embedded import EmbeddedRedis
 from tests.integration.mechanism.bench import Bench, bench, item
 from tests.stack import Servers
-from worker import Change, Handlers
+from worker import Change, Handlers, status
 from worker.change import Position
 from worker.draining.passes import Pass
 from worker.lane_writer import LaneWriter
@@ -118,6 +118,9 @@ async def test_a_change_larger_than_redis_takes_goes_by_way_of_postgres_in_its_o
         full.take("items", item(3, 1))
         await full.journal.flush()
     assert await full.count("tailrace.payloads") == 1
+    told = (await status.read(full.engine, full.lanes))["handlers"]["one"]
+    assert (told["queued"], sum(told["lanes"]["queued"]), told["payloads"]) == (3, 3, 1)
+    assert told["queued_bytes"] > told["payload_bytes"] > 8_000_000
     await full.settle(full.drain("one"))
     assert await full.log() == [1, 2, 3]
     assert log.sizes == [0, 8_000_000, 0]
