@@ -13,7 +13,7 @@ ARGS   ?=
 # Tests mostly wait for processes of their own: two at a time, whole files each. PROCESSES=0 for a debugger.
 PROCESSES ?= 2
 
-.PHONY: help setup run test bench chaos awaits check format lint types contracts lock clean
+.PHONY: help setup run test bench chaos awaits docs check format lint types contracts lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ awaits: $(STAMP) ## both processes killed at every await (ARGS="--seed 5 --deed 
 	@$(BIN)/python -m tests.awaits --process listener $(ARGS)
 	@exec $(BIN)/python -m tests.awaits --process worker $(ARGS)
 
+docs: $(STAMP) ## the documentation as a site, in build/site
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs/site -d build/doctrees . build/site
+
 check: $(STAMP) ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -57,7 +60,7 @@ format: $(STAMP) ## write the code as `make check` wants it
 
 lock: $(STAMP) ## write both lock files anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-annotate --extra models --extra standin --extra dev pyproject.toml --output-file requirements.lock
+		--no-annotate --extra models --extra standin --extra dev --extra docs pyproject.toml --output-file requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate --constraint requirements.lock pyproject.toml deploy/build.in --output-file deploy/requirements.lock
 

@@ -8,22 +8,18 @@ import sys
 import tomllib
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import typer
 
 from config.declared import declared_settings
+from tests.pages import FENCE, PAGES, Block, blocks, prose
 from tests.stack import ROOT, Servers, project
 from worker import loader
 from worker.cli.app import app
 
-PAGES = sorted(
-    path for pattern in ("*.md", "docs/*.md", "deploy/*.md", "standin/*.md") for path in ROOT.glob(pattern)
-)
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 PREFIXES = ("WORKER_", "SUPABASE_", "DATABASE_", "REDIS_", "REALTIME_", "HEALTH_")
 OF_TESTS = {"TAILRACE_TRANSCRIPTS"}
 FOLDERS = (
@@ -38,36 +34,6 @@ FOLDERS = (
     "worker",
     "benchmarks",
 )
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page."""
-
-    page: str
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.text.strip().splitlines()[0][:40]}"
-
-
-def blocks(*languages: str) -> list[Block]:
-    found = []
-    for path in PAGES:
-        for indent, language, text in FENCE.findall(path.read_text()):
-            if language in languages:
-                plain = re.sub(rf"^{indent}", "", text, flags=re.MULTILINE)
-                found.append(Block(str(path.relative_to(ROOT)), language, plain))
-    return found
-
-
-def in_page(page: str, language: str) -> list[Block]:
-    return [block for block in blocks(language) if block.page == page]
-
-
-def prose(path: Path) -> str:
-    return FENCE.sub("", path.read_text())
 
 
 def slug(heading: str) -> str:
@@ -308,7 +274,7 @@ def test_the_glossary_has_each_word_once_and_in_order() -> None:
 
 async def test_the_sql_of_operations_runs(shared: Servers) -> None:
     tables = "create table orders (id bigint primary key, customer_id bigint)"
-    statements = in_page("docs/operations.md", "sql")
+    statements = blocks("sql", page="docs/operations.md")
     assert len(statements) >= 4
     async with project(shared, tables, "handlers") as made:
         await made.db.execute(
