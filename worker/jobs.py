@@ -26,6 +26,7 @@ from worker.draining.workshop import Workshop
 from worker.errors import ConfigurationError
 from worker.lanes import Lane
 from worker.queue import PatientRedis, decode_job, encode_job
+from worker.search_path import search_here_first
 
 log = structlog.get_logger(__name__)
 
@@ -173,6 +174,7 @@ def worker_settings() -> type:
         SystemExit: with 2 and a line for each problem, where the settings are wrong.
     """
     try:
+        search_here_first()
         settings = load_settings()
     except ConfigurationError as error:
         _refuse(error)
