@@ -1,17 +1,20 @@
 """What the documentation says is held against what is there: code, commands, settings, links, log events."""
 
 import ast
+import configparser
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from config.declared import declared_settings
 from tests.pages import FENCE, PAGES, Block, blocks, prose
@@ -34,6 +37,46 @@ FOLDERS = (
     "worker",
     "benchmarks",
 )
+READERS: dict[str, Callable[[str], object]] = {
+    "ini": lambda text: configparser.ConfigParser(strict=False, interpolation=None).read_string(
+        text if "[" in text else f"[file]\n{text}"
+    ),
+    "json": json.loads,
+    "toml": tomllib.loads,
+    "yaml": lambda text: list(yaml.safe_load_all(text)),
+}
+"""What a block in this language must be understood by."""
+
+OF_THE_STANDIN = {"standin/README.md"}
+
+RUN_BY = {
+    "README.md": "tests/e2e/test_readme.py",
+    "docs/operations.md": "tests/unit/test_docs.py",
+    "docs/project.md": "tests/e2e/test_own_project.py",
+    "docs/recipes.md": "tests/kit/test_docs_recipes.py",
+    "docs/supabase.md": "tests/integration/test_docs_supabase.py",
+    "docs/testing.md": "tests/kit/test_docs_testing.py",
+    "docs/webhooks.md": "tests/integration/test_hooks.py",
+}
+"""Which test runs the Python and SQL of a page. Here all of it is compiled, and handlers are loaded."""
+
+PROGRAMS = {
+    "python",
+    "python3",
+    ".venv/bin/python",
+    "arq",
+    "make",
+    "tailrace",
+    "pip",
+    "alembic",
+    "honcho",
+    "uvicorn",
+}
+PROGRAMS |= {".", "mkdir", "touch", "rm", "curl", "docker", "kubectl", "systemctl", "systemd-analyze"}
+"""Which words a line of shell may begin with: one that is not among them is mostly a slip."""
+
+OF_OTHERS = {"TOKEN"}
+FOLDERS_HERE = ("deploy/", "docs/", "tests/", "examples/", "benchmarks/", "worker/")
 
 
 def slug(heading: str) -> str:
@@ -115,8 +158,48 @@ def test_handlers_that_are_shown_can_be_loaded(
     name = f"shown_{zlib.crc32(block.text.encode())}"
     (tmp_path / f"{name}.py").write_text(block.text)
     monkeypatch.syspath_prepend(tmp_path)
-    handlers = loader.load([name])
-    assert len(handlers) == block.text.count("async def ")
+    handlers = [one for one in loader.load([name]) if not one.name.startswith("cache:")]
+    assert len(handlers) == sum(
+        any("on." in ast.unparse(decorator) for decorator in node.decorator_list)
+        for node in ast.parse(block.text).body
+        if isinstance(node, ast.AsyncFunctionDef)
+    )
+
+
+def test_every_block_is_closed_and_in_a_language_that_is_tested() -> None:
+    for path in PAGES:
+        fences = re.findall(r"^ *```", path.read_text(), re.MULTILINE)
+        assert len(fences) == 2 * len(blocks(page=str(path.relative_to(ROOT)))), path
+    assert {block.language for block in blocks()} <= {"python", "sql", "sh", "text", *READERS}
+
+
+@pytest.mark.parametrize("block", blocks(*READERS), ids=str)
+def test_what_is_shown_of_files_can_be_read(block: Block) -> None:
+    READERS[block.language](block.text)
+
+
+@pytest.mark.parametrize("page", sorted({block.page for block in blocks("python", "sql")} - OF_THE_STANDIN))
+def test_python_and_sql_of_a_page_is_run_by_a_test(page: str) -> None:
+    path = ROOT / RUN_BY[page]
+    assert path.exists()
+    assert Path(page).name in path.read_text()
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=str)
+def test_shell_that_is_shown_is_right(block: Block) -> None:
+    done = subprocess.run(
+        ["sh", "-n"], input=block.text, capture_output=True, text=True, timeout=10, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    known = {setting.name for setting in declared_settings()} | OF_OTHERS
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            assert words.pop(0).split("=")[0] in known, line
+        if words:
+            assert words[0] in PROGRAMS, line
+            paths = [word for word in words if word.startswith(FOLDERS_HERE)]
+            assert [path for path in paths if not list(ROOT.glob(path))] == [], line
 
 
 def test_every_setting_that_is_named_exists() -> None:
@@ -258,6 +341,12 @@ def test_every_test_that_shows_a_schedule_exists() -> None:
                 node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             ]
             assert name in functions, f"{number}: {path}::{name}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    listed = {target for page, target in links() if page == "docs/index.md"}
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages <= listed
 
 
 def test_the_changelog_has_this_version() -> None:
