@@ -4,7 +4,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests import leaks
 from tests.stack import Servers, servers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Not by `pytest_plugins`, which comes too late for a module that is imported already.
+    config.pluginmanager.register(leaks)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ import httpx
 from config.settings import Settings
 from standin import Behaviour, Standin
 from standin.embedded import EmbeddedPostgres, EmbeddedRedis, bootstrap_supabase
+from tests.leaks import written
 
 ROOT = Path(__file__).parent.parent
 SECRET = "the secret of these tests, long enough for HS256"
@@ -132,6 +133,7 @@ class Process:
     @classmethod
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], name: str) -> Self:
         """Start a command with exactly this environment."""
+        written.given(environment)
         process = await asyncio.create_subprocess_exec(
             *command,
             cwd=ROOT,
@@ -146,6 +148,7 @@ class Process:
         assert self.process.stderr is not None
         async for raw in self.process.stderr:
             text = raw.decode(errors="replace").rstrip()
+            written.heard(self.name, text)
             try:
                 line = json.loads(text)
             except ValueError:
@@ -248,6 +251,8 @@ class Project:
         )
         async with asyncio.timeout(DEADLINE_SECONDS):
             output, _ = await process.communicate()
+        written.given(self.environment | environment)
+        written.heard(f"python -m worker {' '.join(command)}", output.decode())
         return process.returncode or 0, output.decode()
 
     async def get(self, listener: Process, path: str) -> httpx.Response:

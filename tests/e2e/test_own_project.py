@@ -14,12 +14,14 @@ import pytest
 
 from standin import Standin
 from standin.embedded import bootstrap_supabase
+from tests.leaks import written
 from tests.stack import ROOT, SECRET, Process, Servers, execute
 
 PAGE = (ROOT / "docs/project.md").read_text()
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TREE = ("config", "worker", "handlers", "migrations", "standin")
 BIN = Path(sys.executable).parent
+PASSWORD = "7c1e4a52d09b"
 
 
 def blocks(heading: str) -> list[tuple[str, str]]:
@@ -35,6 +37,7 @@ class Newcomer:
         self.folder.mkdir()
         self.db = db
         self._settings = settings
+        written.given(settings)
         self.database_url = settings["DATABASE_URL"]
         self._processes: list[Process] = []
         self.environment = {
@@ -74,6 +77,7 @@ class Newcomer:
             assert language == "sh", text
             process = await self.start(text, output=True)
             output, _ = await asyncio.wait_for(process.communicate(), 120)
+            written.heard(text.strip(), output.decode())
             assert process.returncode == 0, output.decode()
             if "venv" in text:  # what pip would have put there, had it installed arq and alembic, too
                 for name in ("arq", "alembic"):
@@ -126,8 +130,10 @@ class Newcomer:
 @pytest.fixture
 async def newcomer(shared: Servers, tmp_path: Path) -> AsyncIterator[Newcomer]:
     await execute(shared.postgres.dsn(), "create database newcomer")
-    url = shared.postgres.dsn("newcomer")
-    await bootstrap_supabase(url)
+    await bootstrap_supabase(shared.postgres.dsn("newcomer"))
+    # A password that no log has another reason to contain.
+    await execute(shared.postgres.dsn(), f"create role newcomer superuser login password '{PASSWORD}'")
+    url = shared.postgres.dsn("newcomer", user="newcomer", password=PASSWORD)
     db = await asyncpg.connect(url)
     async with Standin(url, jwt_secret=SECRET, poll_interval=0.005) as standin:
         settings = {
@@ -144,7 +150,8 @@ async def newcomer(shared: Servers, tmp_path: Path) -> AsyncIterator[Newcomer]:
             " where database = current_database() and not temporary"
         )
         await db.close()
-    await execute(shared.postgres.dsn(), "drop database newcomer with (force)")
+    for statement in ("drop database newcomer with (force)", "drop role newcomer"):
+        await execute(shared.postgres.dsn(), statement)
 
 
 DB_ENV = """

@@ -13,7 +13,10 @@ from arq.logs import default_log_config
 from structlog.contextvars import bound_contextvars
 
 from config.logging import configure_logging, write_log
+from config.sampling import BURST, SECONDS
 from config.settings import Settings
+
+pytestmark = pytest.mark.logs_secrets
 
 SECRET = "a-long-configured-secret"
 
@@ -207,3 +210,35 @@ def test_configured_secrets_come_from_the_settings() -> None:
     configure_logging(settings, stream)
     structlog.get_logger("worker").info("db-password, redis-password, signing-secret")
     assert json.loads(stream.getvalue())["message"] == "[redacted], [redacted], [redacted]"
+
+
+def test_of_the_same_complaint_there_are_so_many_lines_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("config.sampling._now", lambda: now)
+    # A new one, for it takes its clock when it is made.
+    stream = io.StringIO()
+    write_log(stream=stream)
+    log = structlog.get_logger("worker.draining.applying")
+
+    def written() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+    for n in range(50):
+        log.warning("handler failed", handler="totals", error_class="ValueError", position=f"{n}-0", lane=n)
+        logging.getLogger("somebody").error("retry %s", n)
+        log.info("backfill begins", handler="totals")
+    assert [line["message"] for line in written()].count("handler failed") == BURST
+    assert len([line for line in written() if line["logger"] == "somebody"]) == BURST
+    assert [line["message"] for line in written()].count("backfill begins") == 50
+    # Another handler, another error: another complaint.
+    log.warning("handler failed", handler="log", error_class="ValueError")
+    log.warning("handler failed", handler="totals", error_class="KeyError")
+    assert [line["message"] for line in written()].count("handler failed") == BURST + 2
+    now += SECONDS
+    log.warning("handler failed", handler="totals", error_class="ValueError")
+    logging.getLogger("somebody").error("retry %s", 51)
+    ours, theirs = written()[-2:]
+    assert (ours["message"], ours["left_out"]) == ("handler failed", 50 - BURST)
+    assert (theirs["message"], theirs["left_out"]) == ("retry 51", 50 - BURST)
+    log.warning("handler failed", handler="totals", error_class="ValueError")
+    assert "left_out" not in written()[-1]
