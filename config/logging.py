@@ -15,6 +15,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from config.redaction import Redaction
+from config.sampling import Sampling
 from config.settings import Settings, Tunables
 
 # Libraries that tell per job, request or frame what only their authors want to know. Their warnings pass.
@@ -94,6 +95,7 @@ def write_log(
     )
     handler = logging.StreamHandler(target)
     handler.setFormatter(formatter)
+    handler.addFilter(Sampling())
     _take_over(handler, getattr(logging, level.upper()))
     structlog.configure(
         processors=[

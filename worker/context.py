@@ -24,7 +24,7 @@ class Context:
 
     Attributes:
         redis: the worker's Redis connection. Nothing kept there is durable.
-        log: logger, bound to handler, lane and position.
+        log: logger, bound to the handler, and to the position where the call is for one change.
         idempotency_key: the same for every attempt at this change; for calls outside the database.
             None for derive handlers and batches, whose calls are cut anew each time.
         make_supabase: makes the client when a handler first asks for it.

@@ -97,6 +97,7 @@ class Applying:
         if not turn.careful:
             await self.whole(self.keys_call(turn), items)
             turn.progress.applied += sum(counts.values())
+            _tell_of(turn, batch, waiting)
             return
         outcome = await self.apart(
             turn, self.keys_call(turn), items, lambda item: (item.key,), lambda item: item.key
@@ -104,6 +105,7 @@ class Applying:
         turn.progress.applied += sum(item.changes for item in outcome.applied)
         verdicts += outcome.failed
         verdicts += [(item, None) for item in outcome.untried]
+        _tell_of(turn, batch, {*waiting, *(item.key for item, _ in verdicts)})
         lanes, at = (turn.lane.number,), batch[-1].position
         await self._hold(
             turn,
@@ -157,6 +159,7 @@ class Applying:
             verdicts += [_Verdict(item.read, failure) for item, failure in outcome.failed]
             verdicts += [_Verdict(item.read, None) for item in outcome.behind + outcome.untried]
         turn.progress.applied += len(applied)
+        turn.progress.tell("applied", (item.read.position for item in applied))
         turn.progress.done += [Applied(item.read.entry.keys, item.read.position) for item in applied]
         # The order of a key is the order in which its changes are held.
         verdicts.sort(key=lambda one: one.read.position)
@@ -198,7 +201,9 @@ class Applying:
         await held.hold(turn.session, self.handler.name, changes, at_once=at_once)
         for kept, failure in changes:
             if failure is not None:
-                self.tell(turn, failure)
+                self.tell(turn, failure, kept.position)
+            if self.handler.kind == "change":
+                turn.progress.tell(fate_of(failure), (kept.position,))
             if failure is None or failure.holds_back:
                 turn.holds(kept.lanes, 1)
 
@@ -267,7 +272,7 @@ class Applying:
             await isolation.apply(items[start : start + size])
         return isolation.outcome
 
-    def tell(self, turn: Turn, failure: Failure) -> None:
+    def tell(self, turn: Turn, failure: Failure, position: Position) -> None:
         """Count a failure and log it; neither values nor the error's text, which may have some."""
         turn.progress.failures[failure.error_class] += 1
         if failure.delay is not None:
@@ -277,6 +282,7 @@ class Applying:
             "handler failed",
             handler=turn.lane.handler,
             lane=turn.lane.number,
+            position=str(position),
             error_class=failure.error_class,
             retry_in_seconds=delay,
         )
@@ -328,12 +334,13 @@ class Applying:
                 await turn.notes.begin_rows(row.id, row.id)
             failure = await self._call_again(turn, row)
         if failure is not None:
-            self.tell(turn, failure)
+            self.tell(turn, failure, kept.position)
             await held.failed_again(session, row, failure)
         else:
             await held.let_go(session, row)
             turn.progress.applied += kept.changes
             turn.progress.done.append(Applied(kept.keys, kept.position))
+        turn.progress.tell("applied" if failure is None else fate_of(failure), (kept.position,))
         if failure is None or not failure.holds_back:
             turn.holds(kept.lanes, -1)
             await self.release(turn, kept.keys)
@@ -394,6 +401,18 @@ def _apart(
         known = ("held", row.id) in turn.spoilers
         (back if untried and free and not known and len(row.kept.lanes) > 1 else alone).append(row)
     return alone, back
+
+
+def fate_of(failure: Failure | None) -> str:
+    """Name what becomes of a change that failed, or waits behind one."""
+    return "held" if failure is None or failure.delay is not None else "dead"
+
+
+def _tell_of(turn: Turn, batch: Sequence[Read], kept: Collection[bytes]) -> None:
+    """Say of entries of a derive handler what became of them: held are those with a key that is kept."""
+    if turn.progress.fates is not None:
+        for position, entry in batch:
+            turn.progress.tell("held" if any(key in kept for key in entry.keys) else "applied", (position,))
 
 
 def count(batch: Sequence[Read], blocked: set[bytes]) -> tuple[dict[bytes, int], dict[bytes, int]]:

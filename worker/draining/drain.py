@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from worker import overtaking, positions
+from worker import following, overtaking, positions
 from worker.database import explain, is_away, is_conflict, is_locked
 from worker.draining.applying import Applying
 from worker.draining.calls import Caller, CallFailedError, LaneBlockedError, TransactionSpoiltError
@@ -145,7 +145,7 @@ class Drain:
         together: bool,  # noqa: FBT001 - as above
         spoilers: dict[object, Failure],
     ) -> tuple[Progress, str | None]:
-        progress = Progress()
+        progress = Progress(fates=[] if following.follows() else None)
         async with AsyncSession(self._engine, expire_on_commit=False) as session, session.begin():
             taken = await positions.take(session, lane, self._limits)
             if taken is None:
@@ -203,6 +203,8 @@ class Drain:
 
     async def _after_commit(self, lane: Lane, generation: str | None, progress: Progress) -> Progress:
         """Let Redis forget what Postgres knows; if it does not hear of it, the next pass says it again."""
+        if progress.fates:
+            following.passed(lane.handler, lane.number, progress.fates)
         if generation is None:
             return progress
         try:

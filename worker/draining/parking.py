@@ -33,6 +33,7 @@ async def park(turn: Turn, batch: Sequence[Read], *, derives: bool) -> None:
     if turn.row.parked == 0:
         reason = "paused" if turn.source.paused else "too far behind"
         log.warning("lane is parked in Postgres", handler=lane.handler, lane=lane.number, reason=reason)
+    turn.progress.tell("parked", (read.position for read in batch))
     if derives:
         counts, _ = count(batch, set())
         rows = await parked.park_keys(session, lane, counts, batch[-1].position)

@@ -6,13 +6,14 @@ Plain data, shared by drain.py (the order of steps) and applying.py (the calls).
 import enum
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.change import Position
 from worker.draining.notes import Notes
+from worker.following import Fates
 from worker.lanes import Lane, Read
 from worker.overtaking import Applied
 from worker.positions import LaneRow, SourceRow
@@ -75,6 +76,13 @@ class Progress:
     """Calls for held changes."""
     failures: Counter[str] = field(default_factory=Counter)
     """Of the handler, by the class of the error."""
+    fates: Fates | None = None
+    """What became of each change, where somebody follows them."""
+
+    def tell(self, fate: str, positions: Iterable[Position]) -> None:
+        """Note what became of changes."""
+        if self.fates is not None:
+            self.fates += [(position, fate) for position in positions]
 
 
 @dataclass(frozen=True)

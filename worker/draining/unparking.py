@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from worker import held, parked, positions
-from worker.draining.applying import Applying, Call
+from worker.draining.applying import Applying, Call, fate_of
 from worker.draining.calls import LaneBlockedError
 from worker.draining.items import Item, KeyItem
 from worker.draining.joint import Gate
@@ -246,13 +246,15 @@ class Unparking:
         await parked.let_go(turn.session, [row.id for row in rows])
         progress.applied += sum(row.kept.changes for row in rows)
         progress.done += [Applied(row.kept.keys, row.kept.position) for row in rows]
+        progress.tell("applied", (row.kept.position for row in rows))
         self._gone(turn, rows)
         for row in rows:
             turn.holds(row.kept.lanes, -1)
         await self._promote(turn, rows)
 
     async def _failed(self, turn: Turn, row: HeldRow, failure: Failure) -> None:
-        self._applying.tell(turn, failure)
+        self._applying.tell(turn, failure, row.kept.position)
+        turn.progress.tell(fate_of(failure), (row.kept.position,))
         await held.failed_again(turn.session, row, failure)
         self._gone(turn, [row])
         if not failure.holds_back:

@@ -238,7 +238,9 @@ def _contexts(handler: Handler, redis: Redis, clients: SupabaseClients, cache: C
     logger = structlog.get_logger(handler.function.__module__).bind(handler=handler.name)
 
     def make(idempotency_key: str | None) -> Context:
-        return Context(redis, logger, idempotency_key, clients.get, lambda: cache)
+        # The key ends with the position of the only change that the call is for.
+        log = logger if idempotency_key is None else logger.bind(position=idempotency_key.rpartition(":")[2])
+        return Context(redis, log, idempotency_key, clients.get, lambda: cache)
 
     return make
 

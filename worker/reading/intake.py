@@ -16,7 +16,7 @@ import structlog
 from redis.exceptions import RedisError
 from sqlalchemy import text
 
-from worker import gaps, lease
+from worker import following, gaps, lease
 from worker.backfill import Backfills
 from worker.change import Position, RawChange
 from worker.lanes import Backlog, LeaseLostError
@@ -91,6 +91,8 @@ class Intake:
         self._taken = raw.position or self._taken
         for handler in routes.filtered:
             self.filtered[handler.name] += 1
+        if routes.filtered and self._journal.follows:
+            following.filtered(raw, [handler.name for handler in routes.filtered])
         table = routes.followed_as or (raw.schema, raw.table)
         for handler, reason in routes.unroutable:
             self._cannot_route(table, handler, reason)

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker import gaps, lease, payloads
+from worker import following, gaps, lease, payloads
 from worker.change import Position, RawChange
 from worker.database import explain, is_away
 from worker.lane_writer import LaneWriter
@@ -104,6 +104,7 @@ class Journal:
         self._batch = 0
         """How many of the pending are in the batch whose fate is open: it must not grow until it is known."""
         self._clean_at = datetime.now(UTC)
+        self.follows = following.follows()
         self._large = LARGE_BYTES
         self._stored: set[tuple[str, Position]] = set()
         """Handlers and positions of the batch's payloads that are in Postgres."""
@@ -123,6 +124,8 @@ class Journal:
     def add(self, raw: RawChange, routed: Sequence[Routed], at: float) -> None:
         """Take in a change; `flush` writes it."""
         position = raw.position or self._clock.next()
+        if self.follows:
+            following.read(position, raw, {one.handler.name: one.lanes for one in routed})
         self._pending += [
             Pending(position, one.handler, one.keys, one.lanes, raw.source, raw.payload, at, raw.xid)
             for one in routed
@@ -253,6 +256,8 @@ class Journal:
             content = content._replace(changes=0)  # the lowest lane applies it, and counts it
 
     def _settle(self) -> None:
+        if self.follows:
+            following.written((one.position for one in self._pending[: self._batch]), self.generation)
         self.written += self._batch
         del self._pending[: self._batch]
         self._batch = 0
