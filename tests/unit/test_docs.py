@@ -55,6 +55,7 @@ RUN_BY = {
     "docs/project.md": "tests/e2e/test_own_project.py",
     "docs/recipes.md": "tests/kit/test_docs_recipes.py",
     "docs/supabase.md": "tests/integration/test_docs_supabase.py",
+    "docs/tutorial.md": "tests/e2e/test_docs_tutorial.py",
     "docs/testing.md": "tests/kit/test_docs_testing.py",
     "docs/webhooks.md": "tests/integration/test_hooks.py",
 }
@@ -72,7 +73,7 @@ PROGRAMS = {
     "honcho",
     "uvicorn",
 }
-PROGRAMS |= {".", "mkdir", "touch", "rm", "curl", "docker", "kubectl", "systemctl", "systemd-analyze"}
+PROGRAMS |= {".", "cd", "mkdir", "touch", "rm", "curl", "docker", "kubectl", "systemctl", "systemd-analyze"}
 """Which words a line of shell may begin with: one that is not among them is mostly a slip."""
 
 OF_OTHERS = {"TOKEN"}
