@@ -9,7 +9,7 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import asyncpg
@@ -18,7 +18,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 
@@ -169,37 +169,6 @@ def forget_statements(engine: AsyncEngine) -> None:
     """
     dialect: Any = engine.sync_engine.dialect
     dialect._invalidate_schema_cache_asof = time.time()  # noqa: SLF001 - see above
-
-
-async def run(session: AsyncSession, statement: str, *arguments: object) -> Sequence[asyncpg.Record]:
-    """Run a statement of our own in the transaction of a session, by the driver; returns its rows.
-
-    For the few statements of every pass: by way of SQLAlchemy each costs several times as much. What the
-    session has not flushed is not seen by it.
-
-    Args:
-        session: its transaction is begun if need be.
-        statement: with `$1`, `$2` and so on.
-        arguments: for them.
-
-    Raises:
-        asyncpg.PostgresError, asyncpg.InterfaceError, sqlalchemy.exc.DBAPIError: it failed.
-    """
-    connection = await session.connection()
-    pooled: Any = (connection.sync_connection or await connection.get_raw_connection()).connection
-    driver: asyncpg.Connection = pooled.driver_connection
-    adapter = pooled.dbapi_connection
-    try:
-        async with adapter._execute_mutex:  # noqa: SLF001 - what SQLAlchemy does before a statement, as below
-            # It begins a transaction with its own first statement only; ours would be committed at once.
-            if adapter._transaction is None:  # noqa: SLF001
-                await adapter._start_transaction()  # noqa: SLF001
-            return await driver.fetch(statement, *arguments)  # type: ignore[no-any-return] # asyncpg has no types
-    except Exception as error:
-        if is_lost(error):
-            # SQLAlchemy is to find that out by itself: then it doubts the other connections of its pool too.
-            await connection.execute(text("select 1"))
-        raise
 
 
 def is_away(error: BaseException) -> bool:

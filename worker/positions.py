@@ -12,7 +12,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from worker.change import Position
-from worker.database import is_locked, run
+from worker.database import is_locked
+from worker.driver import run
 from worker.lanes import Lane
 
 WAIT_MS = 3_000

@@ -1,15 +1,30 @@
-"""Statements of our own, which go by the driver, in the transaction of a session."""
+"""What goes by the driver: statements of our own in the transaction of a session, and that of a pass."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from tests.stack import Servers
-from worker.database import is_away, make_engine, run
+from worker.database import is_away, make_engine
+from worker.driver import DrivenSession, run, transaction
+
+
+class Base(DeclarativeBase):
+    """Of the table below."""
+
+
+class Row(Base):
+    """A row."""
+
+    __tablename__ = "own_statements"
+    n: Mapped[int] = mapped_column(primary_key=True)
+
 
 COUNT = "select count(*) from own_statements"
 
@@ -55,14 +70,8 @@ async def test_a_savepoint_undoes_it(engine: AsyncEngine) -> None:
         assert (await run(session, COUNT))[0][0] == 1
 
 
-async def test_one_that_finds_the_server_gone_puts_the_whole_pool_in_doubt(engine: AsyncEngine) -> None:
-    async with AsyncSession(engine) as first, AsyncSession(engine) as second:
-        pids = [(await run(one, "select pg_backend_pid()"))[0][0] for one in (first, second)]
-        await first.rollback()
-        await second.rollback()
-        await first.close()
-        await second.close()
-    # The killer is no connection of the pool: both of it die while nobody looks.
+async def _kill(engine: AsyncEngine, pids: list[int]) -> None:
+    # The killer is no connection of the pool: those die while nobody looks.
     killer = await asyncpg.connect(
         engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     )
@@ -70,9 +79,130 @@ async def test_one_that_finds_the_server_gone_puts_the_whole_pool_in_doubt(engin
         await killer.fetch("select pg_terminate_backend(pid, 5000) from unnest($1::integer[]) pid", pids)
     finally:
         await killer.close()
+
+
+async def _kill_all(engine: AsyncEngine) -> None:
+    async with AsyncSession(engine) as first, AsyncSession(engine) as second:
+        pids = [(await run(one, "select pg_backend_pid()"))[0][0] for one in (first, second)]
+    await _kill(engine, pids)
+
+
+async def test_one_that_finds_the_server_gone_puts_the_whole_pool_in_doubt(engine: AsyncEngine) -> None:
+    await _kill_all(engine)
     async with AsyncSession(engine) as session:
         with pytest.raises((DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError)) as caught:
             await run(session, "select 1")
         assert is_away(caught.value)
     async with AsyncSession(engine) as one, AsyncSession(engine) as another:
         assert (await run(one, "select 1"))[0][0] == (await run(another, "select 1"))[0][0] == 1
+
+
+# The transaction of a pass
+
+INSERT = "insert into own_statements values ($1)"
+
+
+async def idle(engine: AsyncEngine) -> bool:
+    """Tell whether every connection of the engine is back, and in no transaction."""
+    async with engine.connect() as one, engine.connect() as another:
+        for connection in (one, another):
+            pooled = await connection.get_raw_connection()
+            if pooled.driver_connection.is_in_transaction():  # type: ignore[union-attr] # asyncpg's own
+                return False
+    return True
+
+
+@pytest.mark.parametrize("by", ["driver", "session", "both"])
+async def test_a_pass_is_committed_as_a_whole(engine: AsyncEngine, by: str) -> None:
+    async with transaction(engine) as session:
+        if by != "session":
+            await run(session, INSERT, 1)
+        if by != "driver":
+            await session.execute(text("insert into own_statements values (2)"))
+        assert await count(engine) == 0
+    assert await count(engine) == (2 if by == "both" else 1)
+    assert await idle(engine)
+
+
+@pytest.mark.parametrize("by", ["driver", "session", "both"])
+async def test_a_pass_is_rolled_back_as_a_whole(engine: AsyncEngine, by: str) -> None:
+    async def work() -> None:
+        async with transaction(engine) as session:
+            if by != "session":
+                await run(session, INSERT, 1)
+            if by != "driver":
+                await session.execute(text("insert into own_statements values (2)"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await work()
+    assert await count(engine) == 0
+    assert await idle(engine)
+
+
+async def test_what_nobody_has_flushed_is_part_of_it(engine: AsyncEngine) -> None:
+    async with transaction(engine) as session:
+        session.add(Row(n=7))
+    assert await count(engine) == 1
+
+
+async def test_a_cancelled_pass_leaves_nothing_behind(engine: AsyncEngine) -> None:
+    inside = asyncio.Event()
+
+    async def work() -> None:
+        async with transaction(engine) as session:
+            await run(session, INSERT, 1)
+            inside.set()
+            await run(session, "select pg_sleep(60)")
+
+    task = asyncio.create_task(work())
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await count(engine) == 0
+    assert await idle(engine)
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
+async def test_a_session_that_is_given_up_loses_all(engine: AsyncEngine, *, used: bool) -> None:
+    given_up: list[DrivenSession] = []
+
+    async def work() -> None:
+        async with transaction(engine) as session:
+            given_up.append(session)
+            await run(session, INSERT, 1)
+            if used:
+                await session.execute(text(COUNT))
+            await session.invalidate()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await work()
+    with pytest.raises(SQLAlchemyError):
+        await given_up[0].execute(text("insert into own_statements values (3)"))
+    assert await count(engine) == 0
+    assert await idle(engine)
+
+
+async def test_a_pass_that_finds_the_server_gone_puts_the_whole_pool_in_doubt(engine: AsyncEngine) -> None:
+    await _kill_all(engine)
+    with pytest.raises((DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError)) as caught:
+        async with transaction(engine):
+            pass
+    assert is_away(caught.value)
+    async with transaction(engine) as one, transaction(engine) as another:
+        assert (await run(one, "select 1"))[0][0] == (await run(another, "select 1"))[0][0] == 1
+
+
+async def test_a_server_that_goes_before_the_commit_is_away(engine: AsyncEngine) -> None:
+    async def work() -> None:
+        async with transaction(engine) as session:
+            await run(session, INSERT, 1)
+            pid = (await run(session, "select pg_backend_pid()"))[0][0]
+            await _kill(engine, [pid])
+
+    with pytest.raises((DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError)) as caught:
+        await work()
+    assert is_away(caught.value)
+    assert await count(engine) == 0

@@ -116,7 +116,8 @@ class Caller:
             async with acting_as(session, self.handler):
                 await self.handler.function(argument, handler_session(session), *arguments)
                 # What the handler left in the unit of work is part of its call, and may fail like it.
-                await session.flush()
+                if session.new or session.dirty or session.deleted:
+                    await session.flush()
         except (RedisConnectionError, RedisTimeoutError) as error:
             raise RedisLost(f"Redis cannot be reached ({type(error).__name__})") from error
         finally:

@@ -15,7 +15,7 @@ import asyncpg
 import structlog
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import following, overtaking, positions
 from worker.database import explain, is_away, is_conflict, is_locked
@@ -26,6 +26,7 @@ from worker.draining.items import Decoder
 from worker.draining.meetings import other_lanes
 from worker.draining.notes import Notes, Suspicion
 from worker.draining.passes import Pass, Progress, Turn
+from worker.driver import transaction
 from worker.errors import RedisLost
 from worker.lanes import Lane, Lanes
 from worker.positions import Limits, Moved, Seen
@@ -146,7 +147,7 @@ class Drain:
         spoilers: dict[object, Failure],
     ) -> tuple[Progress, str | None]:
         progress = Progress(fates=[] if following.follows() else None)
-        async with AsyncSession(self._engine, expire_on_commit=False) as session, session.begin():
+        async with transaction(self._engine) as session:
             taken = await positions.take(session, lane, self._limits)
             if taken is None:
                 return Progress(ended=Pass.UNKNOWN), None

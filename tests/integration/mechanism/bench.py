@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.util import await_only
 
 from tests.stack import Servers, _template, execute
-from worker import database, lease, positions
+from worker import driver, lease, positions
 from worker.cache import Cache
 from worker.catalogue import Catalogue, read_catalogue
 from worker.change import Context, Position, RawChange
@@ -246,7 +246,7 @@ class Bench:
 
         async def run(session: AsyncSession, statement: str, *arguments: object) -> Any:
             await (await session.connection()).run_sync(strike)
-            return await database.run(session, statement, *arguments)
+            return await driver.run(session, statement, *arguments)
 
         event.listen(sync, "before_cursor_execute", before)
         event.listen(sync, "commit", strike)
@@ -254,7 +254,7 @@ class Bench:
         try:
             yield seen
         finally:
-            positions.run = database.run  # type: ignore[attr-defined]
+            positions.run = driver.run  # type: ignore[attr-defined]
             event.remove(sync, "before_cursor_execute", before)
             event.remove(sync, "commit", strike)
 
