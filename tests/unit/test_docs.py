@@ -51,6 +51,7 @@ OF_THE_STANDIN = {"standin/README.md"}
 
 RUN_BY = {
     "README.md": "tests/e2e/test_readme.py",
+    "docs/incidents.md": "tests/unit/test_docs.py",
     "docs/operations.md": "tests/unit/test_docs.py",
     "docs/project.md": "tests/e2e/test_own_project.py",
     "docs/recipes.md": "tests/kit/test_docs_recipes.py",
@@ -360,6 +361,40 @@ def test_the_glossary_has_each_word_once_and_in_order() -> None:
     words = [word for row in rows for word in row.split(", ")]
     assert len(words) == len(set(words))
     assert rows == sorted(rows)
+
+
+def test_the_guide_to_incidents_knows_every_alert() -> None:
+    rules = (ROOT / "deploy/prometheus/tailrace.rules.yaml").read_text()
+    guide = (ROOT / "docs/incidents.md").read_text()
+    assert sorted(re.findall(r"`(Tailrace\w+)`", guide)) == sorted(re.findall(r"alert: (\w+)", rules))
+
+
+async def test_the_sql_of_incidents_runs_and_changes_nothing(shared: Servers) -> None:
+    tables = (
+        "create table orders (id bigint primary key, customer_id bigint, amount numeric);"
+        "create table derived_totals (customer_id bigint primary key, amount numeric);"
+        "create view customer_totals as select * from derived_totals;"
+        "insert into orders values (1, 7, 2), (2, 8, 3); insert into derived_totals values (7, 2), (8, 4)"
+    )
+    statements = blocks("sql", page="docs/incidents.md")
+    assert len(statements) > 8
+    async with project(shared, tables, "handlers") as made:
+        await made.db.execute(
+            "insert into tailrace.handlers (name, kind, tables) values ('x:x', 'change', '{public.orders}');"
+            "insert into tailrace.held (handler, lanes, keys, lsn, ordinal, source, attempts, error)"
+            " values ('x:x', '{1}', array['7'], 1, 0, 'wal', 1, 'no');"
+            "insert into tailrace.gaps (until, cause, tables) values (now(), 'x', '{}');"
+            "insert into tailrace.audit (who, via, action, handler) values ('me', 'command', 'pause', 'x:x')"
+        )
+        found = {}
+        for block in statements:
+            async with made.db.transaction(readonly=True):
+                rows = await made.db.fetch(block.text)
+            found[block.text] = [tuple(row.values()) for row in rows]
+        wrong = next(rows for text, rows in found.items() if "should_be" in text)
+        assert wrong == [(8, 4, 3)]
+        for table in ("tailrace.held", "tailrace.gaps", "tailrace.audit"):
+            assert [len(rows) for text, rows in found.items() if f"from {table}" in text] == [1], table
 
 
 async def test_the_sql_of_operations_runs(shared: Servers) -> None:
