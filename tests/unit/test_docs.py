@@ -279,6 +279,18 @@ def test_the_table_of_log_events_is_the_log_of_the_code() -> None:
     assert told == logged()
 
 
+def test_the_table_of_check_has_all_that_it_examines() -> None:
+    names = set()
+    for path in (ROOT / "worker/check").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+                first = node.args[0]
+                if node.func.id in ("Finding", "by_sql", "_within") and isinstance(first, ast.Constant):
+                    names.add(first.value)
+    section = OPERATIONS.split("\n## Check\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `([a-z_ ]+)` \|", section, re.MULTILINE)) == names
+
+
 def health_reasons() -> str:
     return OPERATIONS.split("\n## Health\n")[1].split("\n## ")[0]
 

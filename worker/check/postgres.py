@@ -1,5 +1,6 @@
-"""Examines the database: reachable, migrated, with the handlers' tables published and granted."""
+"""Examines the database: reachable, migrated, with room for us, and fit for the handlers."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,30 +11,36 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from config.settings import Settings
-from worker.catalogue import Catalogue, Table, quote, read_catalogue
-from worker.check.findings import Finding
+from worker.catalogue import read_catalogue
+from worker.check.access import examine_grants, examine_roles, examine_row_security
+from worker.check.delivery import chosen
+from worker.check.findings import Finding, Fix
+from worker.check.tables import CANARY, examine_publication, examine_tables
+from worker.connecting import TRANSACTION_POOLER_PORT, connection_of
 from worker.database import explain, make_engine
-from worker.delivery import choose
-from worker.loader import Delivery, validate
+from worker.errors import ConfigurationError
+from worker.loader import Delivery
+from worker.pooling import Pooling, pooling_of
 from worker.registry import Handler
 
+CONNECTIONS = 16
+"""What a listener (6) and a worker (10) take at most."""
+
 _MIGRATIONS = Path(__file__).parents[2] / "migrations"
-_CANARY = ("tailrace", "canary")
 _MIGRATE = "run: python -m worker migrate"
+_AWAY = (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 
 _SERVER = text(
     "select current_setting('server_version') as version, current_user as role,"
-    " current_setting('wal_level') as wal_level, to_regrole('service_role') is not null as has_service_role"
+    " current_setting('wal_level') as wal_level, to_regrole('service_role') is not null as has_service_role,"
+    " current_setting('max_connections')::int"
+    "  - current_setting('superuser_reserved_connections')::int as most,"
+    " (select count(*) from pg_catalog.pg_stat_activity where backend_type = 'client backend')::int as used,"
+    " (select count(*) from pg_catalog.pg_stat_activity"
+    "   where application_name like 'tailrace%' and usename = current_user"
+    "   and application_name <> 'tailrace check')::int as ours"
 )
 _REVISION = text("select version_num from tailrace.migration")
-_ROLES = text(
-    "select current_user::text union"
-    " select rolname::text from pg_catalog.pg_roles where rolname = 'service_role'"
-)
-_GRANTED = text(
-    "select has_table_privilege(cast(:role as name), cast(:table as oid), 'select')"
-    " and has_schema_privilege(cast(:role as name), cast(:schema as text), 'usage')"
-)
 
 
 async def examine_database(settings: Settings, handlers: Sequence[Handler]) -> list[Finding]:
@@ -43,15 +50,28 @@ async def examine_database(settings: Settings, handlers: Sequence[Handler]) -> l
         async with engine.connect() as connection:
             findings = await _examine_server(connection)
             findings.append(await _examine_migrations(connection))
-            tables = {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
-            catalogue = await read_catalogue(connection, settings.publication, [*sorted(tables), _CANARY])
-            findings += _examine_tables(settings, handlers, catalogue)
-            findings += await _examine_grants(connection, catalogue)
+            wanted = sorted(
+                {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
+            )
+            catalogue = await read_catalogue(connection, settings.publication, [*wanted, CANARY])
+            delivery = await _delivery(settings, connection)
+            findings += await examine_tables(connection, settings, handlers, catalogue, delivery)
+            findings += await examine_publication(connection, settings, catalogue, delivery)
+            findings += await examine_grants(connection, catalogue)
+            findings += await examine_roles(connection, handlers)
+            findings += await examine_row_security(connection, catalogue, handlers, delivery)
             return findings
-    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+    except _AWAY as error:
         return [Finding("database", "problem", explain(error), "check DATABASE_URL and that Postgres runs")]
     finally:
         await engine.dispose()
+
+
+async def _delivery(settings: Settings, connection: AsyncConnection) -> Delivery:
+    try:
+        return (await chosen(settings, connection)).delivery
+    except ConfigurationError:
+        return "proven"  # it is wanted, and what is in the way is told elsewhere
 
 
 async def _examine_server(connection: AsyncConnection) -> list[Finding]:
@@ -65,6 +85,13 @@ async def _examine_server(connection: AsyncConnection) -> list[Finding]:
     if not server.has_service_role:
         remedy = "on a self-hosted Postgres create the roles of Supabase"
         findings.append(Finding("grants", "warning", "there is no role service_role", remedy))
+    free = server.most - server.used
+    if free < CONNECTIONS - server.ours:
+        detail = (
+            f"{server.used} of {server.most} connections are in use; a listener takes 6, a worker 10 at most"
+        )
+        remedy = "connect through a pooler, end other clients, lower WORKER_LANES, or raise max_connections"
+        findings.append(Finding("database", "warning", detail, remedy))
     return findings
 
 
@@ -72,8 +99,9 @@ async def _examine_migrations(connection: AsyncConnection) -> Finding:
     script = ScriptDirectory(str(_MIGRATIONS))
     wanted = set(script.get_heads())
     present = await connection.scalar(text("select to_regclass('tailrace.migration') is not null"))
+    fixes = (Fix("migrate", "python -m worker migrate"),)
     if not present:
-        return Finding("migrations", "problem", "Tailrace's tables are missing", _MIGRATE)
+        return Finding("migrations", "problem", "Tailrace's tables are missing", _MIGRATE, fixes)
     applied = set((await connection.execute(_REVISION)).scalars())
     if applied == wanted:
         return Finding("migrations", "ok", f"current ({', '.join(sorted(applied))})")
@@ -81,60 +109,58 @@ async def _examine_migrations(connection: AsyncConnection) -> Finding:
     here, needed = ", ".join(sorted(applied)) or "none", ", ".join(sorted(wanted))
     detail = f"the database is at {here}, this version needs {needed}"
     if applied <= known:
-        return Finding("migrations", "problem", detail, _MIGRATE)
+        return Finding("migrations", "problem", detail, _MIGRATE, fixes)
     return Finding(
         "migrations", "problem", detail, "the database is newer: run the Tailrace that migrated it, or newer"
     )
 
 
-def _examine_tables(settings: Settings, handlers: Sequence[Handler], catalogue: Catalogue) -> list[Finding]:
-    """Judge the handlers against the tables, as the listener does at its start."""
-    delivery: Delivery = choose(settings.delivery).delivery
-    problems = validate(handlers, catalogue, delivery, publication=settings.publication)
-    findings = [_finding(problem) for problem in problems]
-    subscribed = [table for name, table in catalogue.tables.items() if name != _CANARY]
-    if not problems and subscribed:
-        names = ", ".join(f"{table.schema}.{table.name}" for table in subscribed)
-        findings.append(Finding("tables", "ok", f"{names}: published and fit for their handlers"))
-    canary = catalogue.tables.get(_CANARY)
-    if canary is not None and catalogue.publication_exists and not canary.published:
-        remedy = f'run: alter publication "{settings.publication}" add table tailrace.canary;'
-        findings.append(
-            Finding("publication", "problem", "tailrace.canary is not in the publication", remedy)
-        )
-    elif catalogue.publication_exists:
-        findings.append(Finding("publication", "ok", settings.publication))
-    elif not problems:
-        remedy = f'run: create publication "{settings.publication}";'
-        findings.append(Finding("publication", "problem", f"{settings.publication} does not exist", remedy))
+async def examine_poolers(settings: Settings) -> list[Finding]:
+    """Return what stands between us and Postgres, by either URL."""
+    direct = settings.database_direct_url
+    urls = {"DATABASE_URL": settings.database_url.get_secret_value()}
+    if direct is not None:
+        urls["DATABASE_DIRECT_URL"] = direct.get_secret_value()
+    answers = await asyncio.gather(*(_way(name, url) for name, url in urls.items()))
+    findings = [found for found, _ in answers]
+    if direct is not None and len({server for _, server in answers if server is not None}) > 1:
+        detail = "DATABASE_URL and DATABASE_DIRECT_URL lead to different databases"
+        remedy = "correct one of them: handlers write to the first, and the log is read from the second"
+        findings.append(Finding("pooler", "problem", detail, remedy))
     return findings
 
 
-async def _examine_grants(connection: AsyncConnection, catalogue: Catalogue) -> list[Finding]:
-    """Find tables for which Realtime would answer `401: Unauthorized`, or that we cannot read ourselves."""
-    findings = []
-    roles = [str(role) for role in (await connection.execute(_ROLES)).scalars()]
-    for table in catalogue.tables.values():
-        for role in roles:
-            if not await _may_read(connection, role, table):
-                remedy = (
-                    f"run: grant usage on schema {quote(table.schema)} to {quote(role)};"
-                    f" grant select on {table.sql_name} to {quote(role)};"
+async def _way(name: str, url: str) -> tuple[Finding, str | None]:
+    """Tell the pooler, and which database of which cluster answers."""
+
+    async def connect() -> asyncpg.Connection:
+        address, arguments = connection_of(url, "tailrace check")
+        arguments.pop("prepared_statement_cache_size", None)  # SQLAlchemy's own
+        plain = address.set(drivername="postgresql").render_as_string(hide_password=False)
+        return await asyncpg.connect(plain, **arguments | {"statement_cache_size": 0})
+
+    try:
+        # What answers on this port says so of itself.
+        known = connection_of(url, "tailrace check")[0].port == TRANSACTION_POOLER_PORT
+        pooling = Pooling.TRANSACTION if known else await pooling_of(connect)
+        connection = await connect()
+        try:
+            server = str(
+                await connection.fetchval(
+                    "select (pg_control_system()).system_identifier::text || current_database()"
                 )
-                detail = f"{role} may not select from {table.schema}.{table.name}"
-                findings.append(Finding("grants", "problem", detail, remedy))
-    if not findings and "service_role" in roles and catalogue.tables:
-        findings.append(Finding("grants", "ok", "service_role may read the tables"))
-    return findings
-
-
-async def _may_read(connection: AsyncConnection, role: str, table: Table) -> bool:
-    parameters = {"role": role, "table": table.oid, "schema": table.schema}
-    return bool(await connection.scalar(_GRANTED, parameters))
-
-
-def _finding(problem: str) -> Finding:
-    """Part a loader's line into what is wrong and what to run."""
-    name = "publication" if problem.startswith("publication ") else "tables"
-    detail, found, remedy = problem.partition("; run: ")
-    return Finding(name, "problem", detail, f"run: {remedy}" if found else "")
+            )
+        finally:
+            await connection.close()
+    except ConfigurationError as error:
+        return Finding("pooler", "problem", error.problems[0]), None
+    except _AWAY as error:
+        state = "skipped" if name == "DATABASE_URL" else "problem"
+        words = explain(error).replace("DATABASE_URL", name)
+        return Finding("pooler", "skipped" if state == "skipped" else "problem", f"{name}: {words}"), None
+    if name == "DATABASE_DIRECT_URL" and pooling is not Pooling.NONE:
+        detail = f"DATABASE_DIRECT_URL leads to a {pooling.value}, through which no log is streamed"
+        remedy = "give it the direct address (db.<project>.supabase.co:5432), or remove it"
+        return Finding("pooler", "warning", detail, remedy), server
+    what = "a direct connection" if pooling is Pooling.NONE else f"a {pooling.value}"
+    return Finding("pooler", "ok", f"{name} is {what}"), server

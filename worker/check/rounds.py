@@ -1,12 +1,14 @@
-"""The order of the examination: what needs nothing first, then the three servers at the same time."""
+"""The order of the examination: what needs nothing first, then the servers at the same time."""
 
 import asyncio
 from collections.abc import Awaitable, Sequence
 
 from config.settings import Settings
+from worker.check.clocks import examine_clocks
 from worker.check.delivery import examine_delivery
 from worker.check.findings import Finding
-from worker.check.postgres import examine_database
+from worker.check.keys import examine_key, examine_published_keys
+from worker.check.postgres import examine_database, examine_poolers
 from worker.check.realtime import examine_realtime
 from worker.check.redis import examine_redis
 from worker.errors import ConfigurationError
@@ -25,14 +27,18 @@ def settings_findings(unknown: Sequence[str]) -> list[Finding]:
 
 
 async def run_checks(settings: Settings) -> list[Finding]:
-    """Examine handlers, database, Redis and Realtime. Raises for nothing it finds; ends in time."""
+    """Examine handlers, keys, servers and clocks. Raises for nothing it finds; ends in time."""
     findings, handlers = _load(settings)
+    findings += examine_key(settings)
     tables = sorted({(one.schema, one.table) for handler in handlers for one in handler.subscriptions})
     answers = await asyncio.gather(
+        _within("jwks", examine_published_keys(settings)),
         _within("delivery", examine_delivery(settings)),
+        _within("pooler", examine_poolers(settings)),
         _within("database", examine_database(settings, handlers)),
         _within("redis", examine_redis(settings)),
         _within("realtime", examine_realtime(settings, tables)),
+        _within("clocks", examine_clocks(settings)),
     )
     return findings + [found for answer in answers for found in answer]
 

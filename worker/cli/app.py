@@ -84,11 +84,22 @@ def handlers(*, as_json: Json = False) -> None:
 
 
 @app.command()
-def check(*, as_json: Json = False) -> None:
-    """Examine settings, handlers, database, Redis and Realtime; say what is wrong and what mends it."""
-    from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
+def check(
+    *,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Mend what can be mended safely; says what it ran.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --fix: do not ask.")] = False,
+    drop_slot: Annotated[
+        list[str] | None,
+        typer.Option("--drop-slot", metavar="SLOT", help="With --fix: drop this slot, which nobody reads."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Examine all that a start needs; say what is wrong, and what mends it."""
+    from worker.cli import checking  # noqa: PLC0415 - see the module's docstring
 
-    raise typer.Exit(commands.check(as_json=as_json))
+    raise typer.Exit(checking.check(checking.Asked(fix, yes, drop_slot or ()), as_json=as_json))
 
 
 @app.command()

@@ -4,13 +4,10 @@ Each returns an exit code. Nothing here decides anything about changes; tables g
 problems to standard error.
 """
 
-import asyncio
 from pathlib import Path
 
-from config.declared import unknown_settings
 from config.logging import configure_logging
 from config.settings import Settings, load_settings, load_tunables
-from worker.check.findings import Finding
 from worker.cli import printing
 from worker.errors import ConfigurationError
 
@@ -58,24 +55,6 @@ def handlers(*, as_json: bool) -> int:
     described = [printing.describe(handler, tunables) for handler in load(tunables.handlers)]
     printing.show_handlers(described, as_json=as_json)
     return FINE
-
-
-def check(*, as_json: bool) -> int:
-    """Examine everything that a start needs."""
-    try:
-        settings = _settings()
-    except ConfigurationError as error:
-        if not as_json:
-            raise
-        printing.show_findings(
-            [Finding("settings", "problem", line) for line in error.problems], as_json=True
-        )
-        return MISUSE
-    from worker.check.rounds import run_checks, settings_findings  # noqa: PLC0415 - as above
-
-    findings = [*settings_findings(unknown_settings()), *asyncio.run(run_checks(settings))]
-    printing.show_findings(findings, as_json=as_json)
-    return PROBLEMS if any(found.state == "problem" for found in findings) else FINE
 
 
 def status(*, verify: bool, as_json: bool) -> int:

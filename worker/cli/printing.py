@@ -5,7 +5,7 @@ Knows no settings source and opens nothing. JSON has the same content as the tab
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from rich.console import Console
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from worker.check.findings import Finding
     from worker.registry import Handler
 
-_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}
+_STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red", "skipped": "dim"}
 _COUNTS = ("read", "filtered", "applied", "held", "parked", "dead", "queued", "lag_seconds", "paused")
 
 
@@ -81,11 +81,25 @@ def show_handlers(described: Sequence[Mapping[str, Any]], *, as_json: bool) -> N
     _console().print(table)
 
 
-def show_findings(findings: Sequence["Finding"], *, as_json: bool) -> None:
-    """Print what a check found."""
+class Step(NamedTuple):
+    """Something that was run to mend what a check had found."""
+
+    words: str
+    error: str
+    """Why it failed; empty where it did not."""
+
+
+def show_findings(
+    findings: Sequence["Finding"], *, as_json: bool, done: Sequence[Step] | None = None
+) -> None:
+    """Print what a check found, as JSON with what was run to mend it."""
     if as_json:
         good = all(found.state != "problem" for found in findings)
-        _print_json({"ok": good, "findings": [found._asdict() for found in findings]})
+        told: dict[str, Any] = {"ok": good, "findings": [found.told() for found in findings]}
+        if done is not None:
+            told["ok"] = good and not any(one.error for one in done)
+            told["ran"] = [one._asdict() for one in done]
+        _print_json(told)
         return
     console = _console()
     width = max((len(found.name) for found in findings), default=0)
@@ -97,6 +111,33 @@ def show_findings(findings: Sequence["Finding"], *, as_json: bool) -> None:
         if found.remedy:
             # Not wrapped: remedies are there to be copied.
             console.print(Text(f"{'':8} {'':{width}}  → {found.remedy}"), soft_wrap=True)
+    if done is None and any(found.is_wrong and _is_safe(found) for found in findings):
+        console.print(Text("what can be mended safely, `python -m worker check --fix` mends"), soft_wrap=True)
+
+
+def _is_safe(found: "Finding") -> bool:
+    return any(not fix.slot for fix in found.fixes)
+
+
+def show_intended(statements: Sequence[str]) -> None:
+    """Print what is to be run."""
+    console = _console()
+    console.print(Text("\nto be run:"))
+    for one in statements:
+        console.print(Text(f"  {one}"), soft_wrap=True)
+
+
+def show_steps(steps: Sequence[Step]) -> None:
+    """Print what was run."""
+    console = _console()
+    if not steps:
+        console.print(Text("nothing was run"))
+    for one in steps:
+        state = "failed" if one.error else "ran"
+        line = Text(f"{state:8} ", style=_STYLES["problem" if one.error else "ok"]) + Text(one.words)
+        console.print(line, soft_wrap=True)
+        if one.error:
+            console.print(Text(f"{'':8} → {one.error}"), soft_wrap=True)
 
 
 def show_problem(problem: str) -> None:
