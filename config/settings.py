@@ -112,6 +112,13 @@ class Tunables(BaseSettings):
         reason="Address of the HTTP servers: loopback, because they tell of your tables to whoever asks."
         " In a container 0.0.0.0.",
     )
+    dashboard: Literal["local", "everywhere", "off"] = _setting(
+        "WORKER_DASHBOARD",
+        default="local",
+        reason="Who is shown the dashboard on `/` of the listener: `local` is who asks by loopback and under"
+        " a name of it, whatever HEALTH_HOST is; `everywhere` is for behind a proxy that asks who is there;"
+        " `off` is nobody.",
+    )
     delivery: Literal["auto", "proven", "plain", "webhooks"] = _setting(
         "WORKER_DELIVERY",
         default="auto",
@@ -273,7 +280,7 @@ class Tunables(BaseSettings):
         reason="`json` for machines, `console` for people; `auto` asks whether standard error is a terminal.",
     )
 
-    @field_validator("delivery", "log_level", "log_format", mode="before")
+    @field_validator("dashboard", "delivery", "log_level", "log_format", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.strip().lower() if isinstance(value, str) else value

@@ -1,14 +1,17 @@
 """Dead letters as people see them: found by what they know of them, and decoded. Only reads.
 
+What has failed and will be retried can be seen in the same way, before it is one.
+
 What a person may decide about one is in redriving.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 
 import msgspec
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from worker import audit, overtaking
@@ -22,11 +25,14 @@ from worker.values import decoder
 PAGE = 50
 """Read at a time: payloads may have a megabyte each."""
 
-_FIND = text(
+What = Literal["dead", "held"]
+
+_FIND = (
     "select d.id, d.handler, d.lanes, d.keys, d.lsn, d.ordinal, d.source, d.payload, d.changes, d.attempts,"
     " d.status, d.halts, d.redriven, d.error_class, d.error, d.traceback, d.hint, d.first_failed_at,"
-    " d.last_failed_at, h.tables from tailrace.held d join tailrace.handlers h on h.name = d.handler"
-    " where d.status = 'dead' and d.id > :after"
+    " d.last_failed_at, d.next_attempt_at, h.tables"
+    " from tailrace.held d join tailrace.handlers h on h.name = d.handler"
+    " where {what} and d.id > :after"
     " and (cast(:ids as bigint[]) is null or d.id = any(cast(:ids as bigint[])))"
     " and (cast(:handler as text) is null or d.handler = :handler)"
     " and (cast(:error_class as text) is null or d.error_class = :error_class"
@@ -36,6 +42,11 @@ _FIND = text(
     " and (cast(:table as text) is null or cast(:table as text) = any(h.tables))"
     " order by d.id limit :most"
 )
+# Texts of their own: as a parameter, what is meant would keep Postgres from its indexes.
+_FINDS: dict[What, TextClause] = {
+    "dead": text(_FIND.format(what="d.status = 'dead'")),
+    "held": text(_FIND.format(what="d.status = 'retrying' and d.waits_long and d.error_class is not null")),
+}
 _HANDLER = text("select 1 from tailrace.handlers where name = :name")
 _LOWEST = -(2**63)
 
@@ -59,6 +70,8 @@ class DeadLetter:
     redriven: bool
     failure: dict[str, Any]
     tables: Sequence[str]
+    next_attempt_at: datetime | None = None
+    """None for a dead letter."""
     raw: RawChange | None = None
     """None for the key of a derive handler, and for what cannot be decoded."""
     primary_key: tuple[str, ...] = field(default=())
@@ -90,7 +103,7 @@ class DeadLetter:
             "error": self.failure["error"],
             "first_failed_at": self.failure["first_failed_at"],
             "last_failed_at": self.failure["last_failed_at"],
-        }
+        } | ({} if self.status == "dead" else {"next_attempt_at": self.next_attempt_at})
 
     def told_wholly(self) -> dict[str, Any]:
         """Give it with its rows, traceback and hint."""
@@ -130,7 +143,12 @@ class DeadLetter:
 
 
 async def find(
-    connection: AsyncConnection, which: Which, *, after: int | None = None, most: int | None = None
+    connection: AsyncConnection,
+    which: Which,
+    *,
+    after: int | None = None,
+    most: int | None = None,
+    what: What = "dead",
 ) -> list[DeadLetter]:
     """Find dead letters, in the order of their ids.
 
@@ -139,12 +157,13 @@ async def find(
         which: those that are meant.
         after: only ids above this one.
         most: at most so many.
+        what: `held` finds what has failed and will be retried instead.
     """
     found: list[DeadLetter] = []
     last = _LOWEST if after is None else after
     parameters = which._asdict() | {"ids": which.possible_ids, "most": PAGE}
     while most is None or len(found) < most:
-        page = [_letter(row) for row in await connection.execute(_FIND, parameters | {"after": last})]
+        page = [_letter(row) for row in await connection.execute(_FINDS[what], parameters | {"after": last})]
         # A handler may follow other tables too.
         found += [one for one in page if which.table in (None, ".".join(filter(None, one.table)))]
         if len(page) < PAGE:
@@ -165,17 +184,20 @@ async def check_handler(connection: AsyncConnection, name: str) -> None:
         raise Unknown(f"there is no handler {name}")
 
 
-async def show(connection: AsyncConnection, id_: int) -> dict[str, Any]:
+async def show(connection: AsyncConnection, id_: int, what: What = "dead") -> dict[str, Any]:
     """Tell all that is known of one, with what was decided about it before.
 
     Raises:
-        Unknown: there is no dead letter of this id.
+        Unknown: there is none of this id.
     """
-    found = await find(connection, Which(ids=(id_,)))
+    found = await find(connection, Which(ids=(id_,)), what=what)
+    if not found and what == "held":
+        raise Unknown(f"nothing that has failed is held as {id_}: it is applied by now, or a dead letter")
     if not found:
         raise unknown([id_])
-    newer = await overtaking.told(connection, [id_])
-    return found[0].told_wholly() | {"newer": newer[id_], "audit": await audit.trail(connection, id_)}
+    # What is held is overtaken by nothing: later changes of its keys wait behind it.
+    newer = (await overtaking.told(connection, [id_]))[id_] if what == "dead" else None
+    return found[0].told_wholly() | {"newer": newer, "audit": await audit.trail(connection, id_)}
 
 
 def unknown(ids: Sequence[int]) -> Unknown:
@@ -205,6 +227,7 @@ def _letter(row: Any) -> DeadLetter:  # noqa: ANN401 - a row of text(), which ha
         redriven=row.redriven,
         failure=failure,
         tables=row.tables,
+        next_attempt_at=row.next_attempt_at,
         raw=_raw(row.source, bytes(row.payload or b"")),
     )
 

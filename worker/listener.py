@@ -264,6 +264,10 @@ class Listener:
             "ready": ready,
             "reasons": reasons,
             "slot": reading.slot() if reading else None,
+            "limits": {
+                "entries": self._ground.settings.max_backlog,
+                "bytes": self._ground.settings.max_backlog_bytes,
+            },
             "realtime": {
                 "connected": health.connected,
                 "subscribed": health.subscribed,

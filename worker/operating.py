@@ -79,6 +79,25 @@ class Operations:
         async with self._engine.connect() as connection:
             return await dead_letters.show(connection, id_)
 
+    async def held(
+        self, which: Which, *, after: int | None = None, most: int | None = None
+    ) -> list[dict[str, Any]]:
+        """List what has failed and will be retried, in the order of the ids; above an id, at most so many.
+
+        Raises:
+            Unknown: there is no such handler.
+        """
+        return [one.told() for one in await self._page(which, after, most, "held")]
+
+    async def show_held(self, id_: int) -> dict[str, Any]:
+        """Tell all about one change that has failed and will be retried.
+
+        Raises:
+            Unknown: there is none of this id, any more.
+        """
+        async with self._engine.connect() as connection:
+            return await dead_letters.show(connection, id_, "held")
+
     async def redrive(
         self, operator: Operator, id_: int, record: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -130,9 +149,11 @@ class Operations:
                 told += [await self._decided(operator, action, one.told()) for one in page]
         return told
 
-    async def _page(self, which: Which, after: int | None, most: int | None) -> list[DeadLetter]:
+    async def _page(
+        self, which: Which, after: int | None, most: int | None, what: dead_letters.What = "dead"
+    ) -> list[DeadLetter]:
         async with self._engine.connect() as connection:
-            found = await dead_letters.find(connection, which, after=after, most=most)
+            found = await dead_letters.find(connection, which, after=after, most=most, what=what)
             if not found and which.handler is not None:
                 # A name that is mistyped must not look as if all were well.
                 await dead_letters.check_handler(connection, which.handler)

@@ -62,7 +62,8 @@ async def _listen(settings: Settings) -> None:
     try:
         closing = asyncio.Event()
         desk = desk_routes(_bearer(settings), lambda: waiting.desk)
-        routes = [metrics_route(waiting.samples), *page_routes(waiting.status, closing), *desk]
+        page = page_routes(waiting.status, closing, shown=settings.dashboard)
+        routes = [metrics_route(waiting.samples), *page, *desk]
         routes += _hook_routes(settings, redis)
         app = health_app(waiting, routes)
         async with serve(app, settings.health_host, settings.port, closing=closing) as served:

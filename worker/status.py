@@ -82,7 +82,8 @@ async def read(engine: AsyncEngine, lanes: Lanes) -> dict[str, Any]:
         active = await lease.holder(connection)
     workers, backlog = await _from_redis(lanes, row[1], handlers)
     for handler in handlers.values():
-        handler["lanes"] = {name: _folded(each) for name, each in handler["lanes"].items()}
+        each = handler["lanes"]
+        handler["lanes"] = {"count": len(each["holding"])} | {name: _folded(each[name]) for name in each}
     return {
         "delivery": row[0],
         "reason": None,

@@ -26,7 +26,7 @@ def handler(**counts: Any) -> dict[str, Any]:
         "queued_bytes": 2_000,
         "payloads": 1,
         "payload_bytes": 70_000_000,
-        "lanes": {"queued": [20, 0], "holding": [0, 9]},
+        "lanes": {"count": 2, "queued": [20, 0], "holding": [0, 9]},
         "lag_seconds": 1.5,
         "paused": False,
     }

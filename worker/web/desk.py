@@ -1,4 +1,4 @@
-"""The routes for operators: dead letters, lanes and backfills, for whoever has the right.
+"""The routes for operators: what is held or dead, lanes and backfills, for whoever has the right.
 
 Translates requests into calls of a `Desk`, and what it says into JSON; it decides nothing, and knows no
 database. Values of rows are in the answers, never in the log.
@@ -21,6 +21,7 @@ from worker.database import explain, is_away
 from worker.errors import Refused, Unknown
 from worker.web.bearer import Bearer
 from worker.web.health import Json
+from worker.web.origins import refuse_strangers
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +44,20 @@ class Desk(Protocol):
 
     async def show(self, id_: int) -> dict[str, Any]:
         """Tell all about one."""
+        ...
+
+    async def held(
+        self, which: Which, *, after: int | None = None, most: int | None = None
+    ) -> list[dict[str, Any]]:
+        """List what has failed and will be retried."""
+        ...
+
+    async def show_held(self, id_: int) -> dict[str, Any]:
+        """Tell all about one."""
+        ...
+
+    async def lanes(self, handler: str | None = None) -> list[dict[str, Any]]:
+        """Tell of each handler what is paused, and what waits."""
         ...
 
     async def redrive(
@@ -83,6 +98,16 @@ class Desk(Protocol):
 Step = Callable[[Desk, Operator, Request], Awaitable[dict[str, Any]]]
 
 
+class Find(Protocol):
+    """What lists changes that have failed, in the order of their ids."""
+
+    async def __call__(
+        self, which: Which, *, after: int | None = None, most: int | None = None
+    ) -> list[dict[str, Any]]:
+        """List them; above an id, at most so many."""
+        ...
+
+
 def desk_routes(bearer: Bearer, desk: Callable[[], Desk | None]) -> list[BaseRoute]:
     """Return the routes.
 
@@ -94,6 +119,8 @@ def desk_routes(bearer: Bearer, desk: Callable[[], Desk | None]) -> list[BaseRou
 
     def route(method: str, path: str, step: Step) -> Route:
         async def answer(request: Request) -> Response:
+            if method != "GET":
+                refuse_strangers(request)
             identity = await bearer(request)
             open_desk = desk()
             if open_desk is None:
@@ -106,10 +133,14 @@ def desk_routes(bearer: Bearer, desk: Callable[[], Desk | None]) -> list[BaseRou
         return Route(path, answer, methods=[method])
 
     return [
+        route("GET", "/operator", _who),
         route("GET", "/dead-letters", _list),
         route("GET", "/dead-letters/{id:int}", _show),
         route("POST", "/dead-letters/{id:int}/redrive", _redrive),
         route("POST", "/dead-letters/{id:int}/discard", _discard),
+        route("GET", "/held", _list_held),
+        route("GET", "/held/{id:int}", _show_held),
+        route("GET", "/lanes", _lanes),
         route("POST", "/lanes/{handler}/pause", _pause),
         route("POST", "/lanes/{handler}/resume", _resume),
         route("GET", "/backfills", _backfills),
@@ -134,7 +165,19 @@ async def _told(step: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         raise HTTPException(503, explain(error)) from None
 
 
+async def _who(_desk: Desk, operator: Operator, _request: Request) -> dict[str, Any]:
+    return {"name": operator.name}
+
+
 async def _list(desk: Desk, _: Operator, request: Request) -> dict[str, Any]:
+    return await _page("dead_letters", desk.find, request)
+
+
+async def _list_held(desk: Desk, _: Operator, request: Request) -> dict[str, Any]:
+    return await _page("held", desk.held, request)
+
+
+async def _page(name: str, find: Find, request: Request) -> dict[str, Any]:
     given = dict(request.query_params)
     if strange := sorted(given.keys() - {*_FILTERS, "limit", "after"}):
         raise HTTPException(
@@ -146,13 +189,21 @@ async def _list(desk: Desk, _: Operator, request: Request) -> dict[str, Any]:
         raise HTTPException(400, str(error)) from None
     limit = _number(given, "limit", PAGE, 1, MOST)
     after = _number(given, "after", None, -(2**63), 2**63 - 1)
-    found = await desk.find(meant, after=after, most=(limit or PAGE) + 1)
+    found = await find(meant, after=after, most=(limit or PAGE) + 1)
     page = found[:limit]
-    return {"dead_letters": page, "next": page[-1]["id"] if len(found) > len(page) else None}
+    return {name: page, "next": page[-1]["id"] if len(found) > len(page) else None}
 
 
 async def _show(desk: Desk, _: Operator, request: Request) -> dict[str, Any]:
     return await desk.show(request.path_params["id"])
+
+
+async def _show_held(desk: Desk, _: Operator, request: Request) -> dict[str, Any]:
+    return await desk.show_held(request.path_params["id"])
+
+
+async def _lanes(desk: Desk, _: Operator, _request: Request) -> dict[str, Any]:
+    return {"lanes": await desk.lanes()}
 
 
 async def _redrive(desk: Desk, operator: Operator, request: Request) -> dict[str, Any]:
