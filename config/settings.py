@@ -237,7 +237,7 @@ class Tunables(BaseSettings):
         "WORKER_SLOT",
         default="tailrace",
         pattern=r"^[a-z0-9_]{1,63}$",
-        reason="Replication slot of proven delivery; one for each Tailrace on a database.",
+        reason="Replication slot of proven delivery; one for each Tailrace on a server.",
     )
     publication: str = _setting(
         "WORKER_PUBLICATION",
