@@ -60,7 +60,7 @@ format: $(STAMP) ## write the code as `make check` wants it
 
 lock: $(STAMP) ## write both lock files anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-annotate --extra models --extra standin --extra dev --extra docs pyproject.toml --output-file requirements.lock
+		--no-annotate --extra models --extra otel --extra standin --extra dev --extra docs pyproject.toml --output-file requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate --constraint requirements.lock pyproject.toml deploy/build.in --output-file deploy/requirements.lock
 

@@ -8,7 +8,7 @@ are kept out by the code that logs; what libraries would show of them is cut her
 import logging
 import sys
 from collections.abc import Iterable
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import orjson
 import structlog
@@ -77,6 +77,7 @@ def write_log(
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
         structlog.processors.StackInfoRenderer(),
+        _name_trace,
     ]
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
@@ -128,6 +129,18 @@ def _take_over(handler: logging.Handler, level: int) -> None:
         # arq's command line configures logging after it has imported us, and that resets levels, not filters.
         logger.addFilter(_is_warning)
     logging.captureWarnings(capture=True)
+
+
+def _name_trace(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Name the trace and the span in which a line is logged, where OpenTelemetry is loaded at all."""
+    tracing: Any = sys.modules.get("opentelemetry.trace")
+    if tracing is None:
+        return event
+    context = tracing.get_current_span().get_span_context()
+    if not context.is_valid:
+        return event
+    event["trace_id"], event["span_id"] = f"{context.trace_id:032x}", f"{context.span_id:016x}"
+    return event
 
 
 def _is_warning(record: logging.LogRecord) -> bool:

@@ -271,6 +271,21 @@ class Tunables(BaseSettings):
         unit="at least 16 characters",
         reason="Secret of database webhooks, for WORKER_DELIVERY=webhooks: who knows it can make up changes.",
     )
+    traces: float = _setting(
+        "WORKER_TRACES",
+        default=0.0,
+        ge=0,
+        le=1,
+        unit="share of the changes, 0 to 1",
+        reason="How many changes are traced with OpenTelemetry; needs the extra `otel`. 0 is off.",
+    )
+    traces_endpoint: str | None = _setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        default=None,
+        unit="http(s) URL",
+        shown="`http://localhost:4318`",
+        reason="Collector of traces, by OTLP over HTTP. OpenTelemetry's other variables hold, too.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "WORKER_LOG_LEVEL", default="info", reason="Least severe level that is logged."
     )
@@ -305,6 +320,11 @@ class Tunables(BaseSettings):
         if value < first:
             raise ValueError(f"must not be below WORKER_BACKOFF_SECONDS ({first:g})")
         return value
+
+    @field_validator("traces_endpoint")
+    @classmethod
+    def _check_traces_endpoint(cls, value: str | None) -> str | None:
+        return None if value is None else http_address(value)
 
     @field_validator("health_port")
     @classmethod

@@ -53,5 +53,5 @@ def written(positions: Iterable[Position], generation: str) -> None:
 
 def passed(handler: str, lane: int, fates: Fates) -> None:
     """Say what became of it; after the commit."""
-    for position, fate in fates:
+    for position, fate in fates if follows() else ():
         log.debug("change passed", position=str(position), handler=handler, lane=lane, fate=fate)

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from redis.asyncio import Redis
@@ -25,6 +25,9 @@ from worker.lanes import Lane, Lanes, LeaseLostError
 from worker.reading import Ground, PlainReading, ProvenReading, Reading
 from worker.registry import Handler
 from worker.source import RereadError, SourceHealth
+
+if TYPE_CHECKING:
+    from worker.tracing.spans import Traces
 
 log = structlog.get_logger(__name__)
 
@@ -48,6 +51,7 @@ class Listener:
         handlers: Sequence[Handler],
         catalogue: Catalogue,
         enqueue: Callable[[Lane], Awaitable[None]],
+        traces: "Traces | None" = None,
     ) -> None:
         self._engine = engine
         self._lanes = Lanes(redis, settings.queue)
@@ -61,6 +65,7 @@ class Listener:
             enqueue=enqueue,
             alive=self._alive,
             trouble=self._trouble,
+            traces=traces,
         )
         self._holder = f"{socket.gethostname()}:{os.getpid()}"
         self._reading: Reading | None = None

@@ -33,6 +33,7 @@ from worker.listener import Listener
 from worker.operating import Operations, waker
 from worker.queue import PatientRedis, connection_pool
 from worker.tokens import Tokens
+from worker.tracing import traces_of
 from worker.wal.slot import judge, read_permission, read_server, read_slot
 from worker.web import Bearer, Desk, desk_routes, health_app, hook_route, metrics_route, page_routes, serve
 
@@ -66,7 +67,10 @@ async def _listen(settings: Settings) -> None:
         routes = [metrics_route(waiting.samples), *page, *desk]
         routes += _hook_routes(settings, redis)
         app = health_app(waiting, routes)
-        async with serve(app, settings.health_host, settings.port, closing=closing) as served:
+        async with (
+            traces_of(settings, "listener") as traces,
+            serve(app, settings.health_host, settings.port, closing=closing) as served,
+        ):
             log.info("health of the listener", url=served.url)
             await wait_until_up(engine, told=waiting.tell)
             choice = await _choose(settings, engine)
@@ -83,6 +87,7 @@ async def _listen(settings: Settings) -> None:
                 handlers=handlers,
                 catalogue=catalogue,
                 enqueue=enqueue,
+                traces=traces,
             )
             waiting.follow(listener)
             waiting.desk = Operations(engine, lambda: handlers, waker(Lanes(redis, settings.queue), enqueue))

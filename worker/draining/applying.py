@@ -72,6 +72,10 @@ class Applying:
             LaneBlockedError: roll back, and wait.
         """
         turn.progress.latest_at = batch[-1].entry.at
+        if (traces := self._caller.traces) is not None:
+            turn.progress.arrived |= {
+                read.position: read.entry.at for read in batch if traces.wants(read.position)
+            }
         if turn.careful and turn.notes is None:  # a call has failed; under suspicion none has
             await self.decoder.doubt(turn.session)
         waiting = turn.row.holding + turn.progress.holding[turn.lane.number]
@@ -213,7 +217,9 @@ class Applying:
         """Make what calls a derive handler."""
 
         async def call(items: Sequence[KeyItem]) -> None:
-            await self._caller.keys(turn.session, [item.value for item in items])
+            await self._caller.keys(
+                turn.session, [item.value for item in items], tuple(turn.progress.arrived)
+            )
 
         return call
 
@@ -285,7 +291,13 @@ class Applying:
             position=str(position),
             error_class=failure.error_class,
             retry_in_seconds=delay,
+            **self._in_trace(position),
         )
+
+    def _in_trace(self, position: Position) -> dict[str, str]:
+        traces = self._caller.traces
+        found = None if traces is None else traces.trace_id(position)
+        return {} if found is None else {"trace_id": found}
 
     # Held changes
 

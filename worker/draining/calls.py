@@ -6,14 +6,15 @@ savepoints, so that only the guilty wait and the innocent are applied in the sam
 
 import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from worker.change import ROWS_OF_CALL, Change, Context
+from worker.change import ROWS_OF_CALL, Change, Context, Position
 from worker.database import sqlstate_of
 from worker.draining.guard import Watch, guarded
 from worker.errors import HandlerStuck, RedisLost
@@ -22,6 +23,9 @@ from worker.registry import Handler
 from worker.retries import Failure, Policy, blames_nobody
 from worker.rows.lazy import RowsOfCall
 from worker.sessions import acting_as, handler_session
+
+if TYPE_CHECKING:
+    from worker.tracing.spans import Traces
 
 Item = TypeVar("Item")
 
@@ -67,18 +71,22 @@ class Caller:
         policy: Policy,
         context: Callable[[str | None], Context],
         cached: Collection[Table] = (),
+        traces: "Traces | None" = None,
     ) -> None:
         self.handler = handler
         self.policy = policy
+        self.traces = traces
         self._timeout = timeout
         self._context = context
         followed = {(one.schema, one.table) for one in handler.subscriptions}
         self._cached = followed.intersection(cached) if handler.wants_context else frozenset[Table]()
         self._by_key = all(one.lane_key is None for one in handler.subscriptions)
 
-    async def keys(self, session: AsyncSession, keys: Sequence[Any]) -> None:
-        """Call a derive handler with the keys whose rows changed."""
-        await self._guarded(session, [(list(keys), None)])
+    async def keys(
+        self, session: AsyncSession, keys: Sequence[Any], positions: Sequence[Position] = ()
+    ) -> None:
+        """Call a derive handler with the keys whose rows changed; the positions are those of the changes."""
+        await self._guarded(session, [(list(keys), None)], positions)
 
     async def changes(
         self, session: AsyncSession, changes: Sequence[Change], name: Callable[[Change], str]
@@ -89,16 +97,37 @@ class Caller:
         else:
             await self._guarded(session, [(change, name(change)) for change in changes])
 
-    async def _guarded(self, session: AsyncSession, calls: Sequence[tuple[object, str | None]]) -> None:
+    async def _guarded(
+        self,
+        session: AsyncSession,
+        calls: Sequence[tuple[object, str | None]],
+        positions: Sequence[Position] = (),
+    ) -> None:
+        call = self._call if self.traces is None else partial(self._traced, self.traces, positions)
+
         async def work(watch: Watch) -> None:
             for argument, idempotency_key in calls:
-                await watch.call(self._call(session, argument, idempotency_key))
+                await watch.call(call(session, argument, idempotency_key))
 
         try:
             await guarded(self._timeout, work, self.handler.name)
         except HandlerStuck:
             await session.invalidate()
             raise
+
+    async def _traced(
+        self,
+        traces: "Traces",
+        positions: Sequence[Position],
+        session: AsyncSession,
+        argument: object,
+        idempotency_key: str | None,
+    ) -> None:
+        if self.handler.kind == "change":
+            changes = [argument] if isinstance(argument, Change) else argument
+            positions = [change.position for change in cast("list[Change]", changes)]
+        with traces.handling(self.handler.name, positions):
+            await self._call(session, argument, idempotency_key)
 
     async def _call(self, session: AsyncSession, argument: object, idempotency_key: str | None) -> None:
         arguments: list[object] = []

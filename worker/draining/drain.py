@@ -59,6 +59,7 @@ class Drain:
         self.handler: Handler = caller.handler
         self._engine = engine
         self._lanes = lanes
+        self._traces = caller.traces
         self._applying = Applying(caller, decoder)
         self._limits = limits
         self._batch = batch
@@ -146,7 +147,8 @@ class Drain:
         together: bool,  # noqa: FBT001 - as above
         spoilers: dict[object, Failure],
     ) -> tuple[Progress, str | None]:
-        progress = Progress(fates=[] if following.follows() else None)
+        told = self._traces is not None or following.follows()
+        progress = Progress(fates=[] if told else None, began=time.time_ns())
         async with transaction(self._engine) as session:
             taken = await positions.take(session, lane, self._limits)
             if taken is None:
@@ -165,6 +167,7 @@ class Drain:
             more = not source.paused and row.holding > 0 and await self._entries.retry(turn)
             met, further = await self._entries.take(turn, self._most)
             await self._write(turn, met)
+            progress.commits = time.time_ns()
         if progress.ended is Pass.EMPTY and (more or further or spoilers):
             progress.ended = Pass.MORE
         return progress, source.generation
@@ -205,6 +208,8 @@ class Drain:
     async def _after_commit(self, lane: Lane, generation: str | None, progress: Progress) -> Progress:
         """Let Redis forget what Postgres knows; if it does not hear of it, the next pass says it again."""
         if progress.fates:
+            if self._traces is not None:
+                self._traces.passed(lane.handler, progress)
             following.passed(lane.handler, lane.number, progress.fates)
         if generation is None:
             return progress

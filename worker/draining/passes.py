@@ -78,6 +78,11 @@ class Progress:
     """Of the handler, by the class of the error."""
     fates: Fates | None = None
     """What became of each change, where somebody follows them."""
+    arrived: dict[Position, float] = field(default_factory=dict)
+    """Where changes are traced: when the listener had those that are fresh, in seconds since 1970."""
+    began: int = 0
+    """When the pass began and when its commit did, in nanoseconds since 1970."""
+    commits: int = 0
 
     def tell(self, fate: str, positions: Iterable[Position]) -> None:
         """Note what became of changes."""

@@ -9,9 +9,9 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import structlog
 from redis.asyncio import Redis
@@ -39,8 +39,12 @@ from worker.registry import Handler
 from worker.retries import Backoff, Policy
 from worker.schema_watch import SchemaWatch
 from worker.supabase import SupabaseClients
+from worker.tracing import traces_of
 from worker.wal.publication import recorded_keys
 from worker.web import health_app, metrics_route, serve
+
+if TYPE_CHECKING:
+    from worker.tracing.spans import Traces
 
 log = structlog.get_logger(__name__)
 
@@ -103,8 +107,10 @@ class Workshop:
         )
         redis: Redis = Redis(connection_pool=connection_pool(settings.redis_url.get_secret_value()))
         clients = SupabaseClients(settings)
+        tracing = AsyncExitStack()
         try:
             loader.load(settings.handlers)  # what is wrong with the code is told before any waiting
+            traces = await tracing.enter_async_context(traces_of(settings, "worker"))
             await wait_until_up(engine)
             # Which delivery it is, and what that demands of the tables, is the listener's to judge.
             handlers, catalogue = await load_handlers(settings, engine, "proven")
@@ -114,7 +120,7 @@ class Workshop:
                 name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
                 engine=engine,
                 lanes=Lanes(redis, settings.queue),
-                drains=await _drains(settings, engine, redis, handlers, watch, clients),
+                drains=await _drains(settings, engine, redis, handlers, watch, clients, traces),
                 enqueue=enqueue,
                 at_once=AT_ONCE,
             )
@@ -125,6 +131,7 @@ class Workshop:
             yield cls(settings, engine, draining, handlers, watch, alerting)
             await draining.leave()
         finally:
+            await tracing.aclose()
             await clients.close()
             await redis.aclose(close_connection_pool=True)
             await engine.dispose()
@@ -192,6 +199,7 @@ async def _drains(
     handlers: Sequence[Handler],
     watch: SchemaWatch,
     clients: SupabaseClients,
+    traces: "Traces | None",
 ) -> dict[str, Drain]:
     async with engine.connect() as connection:
         version = int((await connection.execute(text("show server_version_num"))).scalar_one())
@@ -216,6 +224,7 @@ async def _drains(
             ),
             context=_contexts(handler, redis, clients, cache),
             cached=cache.tables,
+            traces=traces,
         )
         drains[handler.name] = Drain(
             engine=engine,

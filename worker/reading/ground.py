@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import structlog
 from redis.exceptions import RedisError
@@ -23,6 +23,9 @@ from worker.reading.schema import Schema
 from worker.realtime import RealtimeSource
 from worker.registry import Handler
 from worker.source import Gap, RereadError, SourceHealth
+
+if TYPE_CHECKING:
+    from worker.tracing.spans import Traces
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +50,8 @@ class Ground:
     """Called while a step waits, so that waiting does not look like being stuck."""
     trouble: Callable[[str | None], None]
     """Is told why Postgres cannot be used, or None."""
+    traces: "Traces | None" = None
+    """Where changes are traced."""
     tables: tuple[tuple[str, str], ...] = field(init=False)
     """All tables of the handlers, as (schema, table)."""
     schema: Schema = field(init=False)

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 from redis.exceptions import RedisError, ResponseError
@@ -24,6 +24,9 @@ from worker.queue import is_full, refuses_for_now
 from worker.registry import Handler
 from worker.routing import Routed, lane_of
 from worker.source import RereadError
+
+if TYPE_CHECKING:
+    from worker.tracing.spans import Traces
 
 log = structlog.get_logger(__name__)
 
@@ -73,7 +76,7 @@ class Pending(NamedTuple):
 class Journal:
     """Writes the lanes of the generation in force."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a reading has, under names
         self,
         *,
         engine: AsyncEngine,
@@ -84,6 +87,7 @@ class Journal:
         tables: Sequence[tuple[str, str]],
         lane_count: int,
         enqueue: Callable[[Lane], Awaitable[None]],
+        traces: "Traces | None" = None,
     ) -> None:
         self._engine = engine
         self._rereads = clock is None
@@ -105,6 +109,9 @@ class Journal:
         """How many of the pending are in the batch whose fate is open: it must not grow until it is known."""
         self._clean_at = datetime.now(UTC)
         self.follows = following.follows()
+        self._traces = traces
+        self._traced: dict[Position, tuple[RawChange, float]] = {}
+        """Changes that are traced and not surely in Redis, and since when the listener has them."""
         self._large = LARGE_BYTES
         self._stored: set[tuple[str, Position]] = set()
         """Handlers and positions of the batch's payloads that are in Postgres."""
@@ -124,6 +131,8 @@ class Journal:
     def add(self, raw: RawChange, routed: Sequence[Routed], at: float) -> None:
         """Take in a change; `flush` writes it."""
         position = raw.position or self._clock.next()
+        if self._traces is not None and self._traces.wants(position):
+            self._traced[position] = (raw, at)
         if self.follows:
             following.read(position, raw, {one.handler.name: one.lanes for one in routed})
         self._pending += [
@@ -258,6 +267,10 @@ class Journal:
     def _settle(self) -> None:
         if self.follows:
             following.written((one.position for one in self._pending[: self._batch]), self.generation)
+        if self._traces is not None and self._traced:
+            for position in dict.fromkeys(one.position for one in self._pending[: self._batch]):
+                if (known := self._traced.pop(position, None)) is not None:
+                    self._traces.written(position, *known)
         self.written += self._batch
         del self._pending[: self._batch]
         self._batch = 0

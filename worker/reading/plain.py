@@ -103,6 +103,7 @@ class PlainReading:
             tables=ground.tables,
             lane_count=self.lanes,
             enqueue=ground.enqueue,
+            traces=ground.traces,
         )
         self._intake = Intake(ground, self.journal, self.lanes, self._token, Position.ZERO)
         self._backfills = self._intake.backfills("json")

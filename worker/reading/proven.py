@@ -165,6 +165,7 @@ class ProvenReading:
             tables=ground.tables,
             lane_count=self.lanes,
             enqueue=ground.enqueue,
+            traces=ground.traces,
         )
         self._intake = Intake(ground, self.journal, self.lanes, self._token, noted)
         self._backfills = self._intake.backfills("text")

@@ -74,6 +74,7 @@ class Bench:
         self.journal: Journal
         self.writer: LaneWriter
         self.router: Router
+        self.traces: Any = None
 
     async def load(self, on: Handlers) -> None:
         """Take these handlers, and begin a generation."""
@@ -106,6 +107,7 @@ class Bench:
             tables=sorted(self.router.tables),
             lane_count=self.lane_count,
             enqueue=self.enqueue,
+            traces=self.traces,
         )
 
     async def enqueue(self, lane: Lane) -> None:
@@ -147,6 +149,7 @@ class Bench:
             timeout=timeout,
             max_attempts=max_attempts,
             cache=cache,
+            traces=self.traces,
         )
 
     def worker(self, name: str) -> Draining:
@@ -289,6 +292,7 @@ def make_drain(
     timeout: float = 5.0,
     max_attempts: int = 1_000,
     cache: Cache | None = None,
+    traces: Any = None,
 ) -> Drain:
     """Make a drain of a handler, as one worker process has it."""
     made = cache or Cache(lanes.redis, handler.name, ())
@@ -298,6 +302,7 @@ def make_drain(
         policy=Policy(Backoff(3600.0, 3600.0, lambda: 1.0), max_attempts, halts=handler.after == "halt"),
         context=lambda key: Context(lanes.redis, structlog.get_logger(), key, _no_client, lambda: made),
         cached=made.tables,
+        traces=traces,
     )
     return Drain(
         engine=engine,
