@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from config.settings import Settings
 from tests.kit.projects import run_pytest
+from tests.pages import blocks
 from tests.stack import ROOT, SECRET, Servers, project
 from worker import Change, Context
 from worker.change import Position, Record
@@ -39,6 +40,12 @@ PAGE = (ROOT / "docs/supabase.md").read_text()
 def example(heading: str, number: int = 0) -> str:
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return str(re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[number])
+
+
+def test_no_example_is_left_out() -> None:
+    shown = [block.section for block in blocks("python", page="docs/supabase.md")]
+    run = re.findall(r"\bexample\(\"(.+?)\"", Path(__file__).read_text())
+    assert sorted(shown) == sorted(run)
 
 
 @pytest.fixture
