@@ -10,12 +10,15 @@ from worker.cli.app import app
 from worker.errors import ConfigurationError
 from worker.search_path import search_here_first
 
+_COMPLETION = {"--install-completion", "--show-completion"}
+
 
 def main() -> None:
     """Run the command line; ends the process: 0 fine, 1 found problems, 2 bad usage or configuration."""
     try:
         search_here_first()
-        app()
+        # What a shell completes is the console script, by whichever name this is called now.
+        app(prog_name="tailrace" if _COMPLETION.intersection(sys.argv) else None)
     except ConfigurationError as error:
         for problem in error.problems:
             sys.stderr.write(f"tailrace: {' '.join(problem.split())}\n")

@@ -221,6 +221,8 @@ def test_every_command_that_is_shown_exists_with_its_options() -> None:
     for page, words in words_of_commands():
         match words:
             case ["python", "-m", "worker", command, *rest] | ["tailrace", command, *rest]:
+                if command.startswith("-"):
+                    command, rest = "", [command, *rest]
                 if command not in commands and rest:
                     command, rest = f"{command} {rest[0]}", rest[1:]
                 assert command in commands, f"{page}: {words}"

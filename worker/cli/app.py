@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
+from worker.cli import completing
+from worker.cli.manual import epilog
+
 app = typer.Typer(
     name="tailrace",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # they show local variables, and those are settings and rows
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -35,55 +37,81 @@ def _tailrace(
 ) -> None:
     """Turn committed changes of a Supabase project into derived data: nothing lost, nothing applied twice.
 
-    Settings come from the environment and from .env. Exit codes: 0 fine, 1 found problems, 2 bad usage or
-    configuration.
+    To begin: `migrate` makes the tables, `check` says what is still missing
+    and mends it with --fix, then `listen` and `work` run for ever. `COMMAND
+    --help` has examples.
+
+    Settings come from the environment and from .env. Exit codes: 0 fine, 1
+    found problems, 2 bad usage or configuration.
     """
 
 
-@app.command()
+@app.command(epilog=epilog("listen"))
 def listen() -> None:
-    """Run the listener: read changes and put them into the lanes."""
+    """Run the listener: read changes and put them into the lanes.
+
+    One works, any further one stands by and takes over within 8 seconds. It
+    answers over HTTP on PORT, and ends in good order on SIGTERM. While
+    Postgres, Redis or Realtime is away, it waits, and says so.
+    """
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.listen())
 
 
-@app.command()
+@app.command(epilog=epilog("work"))
 def work() -> None:
-    """Run a worker: drain the lanes through the handlers; the same as `arq worker.jobs.WorkerSettings`."""
+    """Run a worker: drain the lanes through the handlers.
+
+    The same as `arq worker.jobs.WorkerSettings`. Any number of them share the
+    lanes, on any machines. On SIGTERM what is in flight is finished within
+    WORKER_DRAIN_SECONDS, or rolled back and taken up by others.
+    """
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.work())
 
 
-@app.command()
+@app.command(epilog=epilog("run"))
 def run() -> None:
-    """Run a listener and a worker together, as one process tree."""
+    """Run migrations, and then a listener and a worker together, as one process tree.
+
+    For one machine. Where one of the two ends, the other one is ended, too.
+    """
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.run())
 
 
-@app.command()
+@app.command(epilog=epilog("migrate"))
 def migrate(
     *,
     sql: Annotated[bool, typer.Option("--sql", help="Print the SQL instead of running it.")] = False,
 ) -> None:
-    """Bring Tailrace's tables and those of the handlers up to date."""
+    """Bring Tailrace's tables and those of the handlers up to date.
+
+    Makes schema tailrace, puts the canary into the publication, and runs the
+    Alembic environments in `migrations/` of the packages named in HANDLERS.
+    What is up to date is left as it is.
+    """
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.migrate(sql=sql))
 
 
-@app.command()
+@app.command(epilog=epilog("handlers"))
 def handlers(*, as_json: Json = False) -> None:
-    """List the handlers of HANDLERS with what they subscribe to and their options."""
+    """List the handlers of HANDLERS with what they subscribe to and their options.
+
+    Imports the modules, and asks no server. Where a handler names no option,
+    the setting's value is shown.
+    """
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.handlers(as_json=as_json))
 
 
-@app.command()
+@app.command(epilog=epilog("check"))
 def check(
     *,
     fix: Annotated[
@@ -96,13 +124,19 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Examine all that a start needs; say what is wrong, and what mends it."""
+    """Examine all that a start needs; say what is wrong, and what mends it.
+
+    Settings, keys, handlers against the live schema, delivery and replication
+    slots, grants, row-level security, Redis, Realtime, clocks. It changes
+    nothing without --fix; with it, only what is safe: the catalogue, never a
+    row, and a slot only where you name it.
+    """
     from worker.cli import checking  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(checking.check(checking.Asked(fix, yes, drop_slot or ()), as_json=as_json))
 
 
-@app.command()
+@app.command(epilog=epilog("status"))
 def status(
     *,
     verify: Annotated[
@@ -111,13 +145,18 @@ def status(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what the listener and the workers are doing; from the database if the listener cannot be asked."""
+    """Show what the listener and the workers are doing.
+
+    Asks the listener on PORT of this machine; from the database if it cannot
+    be asked. For each handler: read = filtered + applied + held + parked +
+    dead + queued.
+    """
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(commands.status(verify=verify, as_json=as_json))
 
 
-@app.command()
+@app.command(epilog=epilog("models"))
 def models(
     *,
     schema: Annotated[
@@ -129,7 +168,11 @@ def models(
         bool, typer.Option("--check", help="Write nothing; 1 where the file of --out is no longer true.")
     ] = False,
 ) -> None:
-    """Write SQLAlchemy models of the database's tables and views."""
+    """Write SQLAlchemy models of the database's tables and views.
+
+    The same database gives the same text. Needs the extra `models`
+    (sqlacodegen) where it is run; what it writes needs SQLAlchemy alone.
+    """
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
     listed = [tuple(part.strip() for part in one.split(",") if part.strip()) for one in (schema, tables)]
@@ -147,8 +190,13 @@ app.add_typer(
 app.add_typer(lanes, name="lanes", help="See what is paused and what waits; pause handlers, or lane keys.")
 
 Ids = Annotated[list[int] | None, typer.Argument(metavar="ID", help="Their ids.")]
-OfHandler = Annotated[str | None, typer.Option("--handler", help="Of this handler.")]
-OfTable = Annotated[str | None, typer.Option("--table", help="Of this table, as schema.table.")]
+OfHandler = Annotated[
+    str | None, typer.Option("--handler", help="Of this handler.", autocompletion=completing.handlers)
+]
+OfTable = Annotated[
+    str | None,
+    typer.Option("--table", help="Of this table, as schema.table.", autocompletion=completing.tables),
+]
 OfErrorClass = Annotated[
     str | None, typer.Option("--error-class", help="Of this class of error, with or without its module.")
 ]
@@ -163,21 +211,32 @@ By = Annotated[
     str | None,
     typer.Option("--by", help="Who decides, for the audit trail, if not the user of the system."),
 ]
-HandlerName = Annotated[str, typer.Argument(metavar="HANDLER", help="Name of the handler.")]
+HandlerName = Annotated[
+    str,
+    typer.Argument(metavar="HANDLER", help="Name of the handler.", autocompletion=completing.handlers),
+]
 LaneKey = Annotated[
     str | None,
     typer.Option("--lane-key", help="Only this lane key: a value, or a JSON array of the key's values."),
 ]
 
 
-@app.command()
+@app.command(epilog=epilog("backfill"))
 def backfill(  # noqa: PLR0913 - the options of a command
     table: Annotated[
-        str | None, typer.Argument(metavar="TABLE", help="Whose rows, as orders or shop.orders.")
+        str | None,
+        typer.Argument(
+            metavar="TABLE", help="Whose rows, as orders or shop.orders.", autocompletion=completing.tables
+        ),
     ] = None,
     *,
     handler: Annotated[
-        str | None, typer.Option("--handler", help="For this derive handler; all of the table by default.")
+        str | None,
+        typer.Option(
+            "--handler",
+            help="For this derive handler; all of the table by default.",
+            autocompletion=completing.handlers,
+        ),
     ] = None,
     where: Annotated[str | None, typer.Option("--where", help="Only rows for which this SQL holds.")] = None,
     rate: Annotated[int | None, typer.Option("--rate", min=1, help="Rows a second, at most.")] = None,
@@ -195,7 +254,8 @@ def backfill(  # noqa: PLR0913 - the options of a command
 ) -> None:
     """Give the rows that are there to derive handlers, beside live changes; without TABLE, list backfills.
 
-    The listener carries it out, page by page; after a restart it goes on where it was. Live changes go first.
+    The listener carries it out, page by page; after a restart it goes on
+    where it was. Live changes go first.
     """
     from worker.cli import backfills  # noqa: PLC0415 - see the module's docstring
 
@@ -203,7 +263,7 @@ def backfill(  # noqa: PLR0913 - the options of a command
     raise typer.Exit(backfills.backfill(asked, as_json=as_json))
 
 
-@dead_letters.command("list")
+@dead_letters.command("list", epilog=epilog("dead-letters list"))
 def list_dead_letters(
     *,
     handler: OfHandler = None,
@@ -214,14 +274,18 @@ def list_dead_letters(
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """List dead letters, the oldest first."""
+    """List dead letters, the oldest first.
+
+    All conditions that are given must hold. Nothing waits for a dead letter,
+    unless its handler says so.
+    """
     from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
 
     wanted = operator.Wanted((), handler, table, error_class, since, until)
     raise typer.Exit(operator.list_dead_letters(wanted, limit, as_json=as_json))
 
 
-@dead_letters.command("show")
+@dead_letters.command("show", epilog=epilog("dead-letters show"))
 def show_dead_letter(
     id_: Annotated[int, typer.Argument(metavar="ID", help="Its id.")], *, as_json: Json = False
 ) -> None:
@@ -231,7 +295,7 @@ def show_dead_letter(
     raise typer.Exit(operator.show_dead_letter(id_, as_json=as_json))
 
 
-@dead_letters.command("redrive")
+@dead_letters.command("redrive", epilog=epilog("dead-letters redrive"))
 def redrive(  # noqa: PLR0913 - the options of a command
     ids: Ids = None,
     *,
@@ -250,7 +314,11 @@ def redrive(  # noqa: PLR0913 - the options of a command
     by: By = None,
     as_json: Json = False,
 ) -> None:
-    """Have dead letters tried again, in the order of their ids, from the first attempt on."""
+    """Have dead letters tried again, in the order of their ids, from the first attempt on.
+
+    Newer changes of the same key may have been applied meanwhile: the answer
+    says how many. Who decided is kept in the audit trail.
+    """
     from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
 
     wanted = operator.Wanted(ids or (), handler, table, error_class, since, until)
@@ -258,7 +326,7 @@ def redrive(  # noqa: PLR0913 - the options of a command
     raise typer.Exit(operator.decide(wanted, decision, as_json=as_json))
 
 
-@dead_letters.command("discard")
+@dead_letters.command("discard", epilog=epilog("dead-letters discard"))
 def discard(  # noqa: PLR0913 - the options of a command
     ids: Ids = None,
     *,
@@ -272,7 +340,11 @@ def discard(  # noqa: PLR0913 - the options of a command
     by: By = None,
     as_json: Json = False,
 ) -> None:
-    """Forget dead letters: their changes count as filtered out from now on."""
+    """Forget dead letters: their changes count as filtered out from now on.
+
+    There is no way back; the audit trail keeps which they were, without their
+    rows.
+    """
     from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
 
     wanted = operator.Wanted(ids or (), handler, table, error_class, since, until)
@@ -280,29 +352,43 @@ def discard(  # noqa: PLR0913 - the options of a command
     raise typer.Exit(operator.decide(wanted, decision, as_json=as_json))
 
 
-@lanes.command("list")
+@lanes.command("list", epilog=epilog("lanes list"))
 def list_lanes(
-    handler: Annotated[str | None, typer.Argument(metavar="HANDLER", help="Only of this handler.")] = None,
+    handler: Annotated[
+        str | None,
+        typer.Argument(metavar="HANDLER", help="Only of this handler.", autocompletion=completing.handlers),
+    ] = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """List the handlers with what is paused, and what waits."""
+    """List the handlers with what is paused, and what waits.
+
+    `held` waits for a retry, or behind one; `parked` waits in Postgres
+    because its lane lags or is paused.
+    """
     from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(operator.list_lanes(handler, as_json=as_json))
 
 
-@lanes.command("pause")
+@lanes.command("pause", epilog=epilog("lanes pause"))
 def pause(handler: HandlerName, *, lane_key: LaneKey = None, by: By = None, as_json: Json = False) -> None:
-    """Pause a handler, or one lane key of it: its changes wait in Postgres, in their order."""
+    """Pause a handler, or one lane key of it: its changes wait in Postgres, in their order.
+
+    Nothing is lost, and no other handler waits. It holds over restarts, until
+    `resume`.
+    """
     from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(operator.pause(handler, lane_key, by, paused=True, as_json=as_json))
 
 
-@lanes.command("resume")
+@lanes.command("resume", epilog=epilog("lanes resume"))
 def resume(handler: HandlerName, *, lane_key: LaneKey = None, by: By = None, as_json: Json = False) -> None:
-    """Let a handler, or one lane key of it, go on."""
+    """Let a handler, or one lane key of it, go on.
+
+    What has waited is applied first, in its order.
+    """
     from worker.cli import operator  # noqa: PLC0415 - see the module's docstring
 
     raise typer.Exit(operator.pause(handler, lane_key, by, paused=False, as_json=as_json))
