@@ -5,6 +5,7 @@ TailraceError
 ├── HandlerProblem          one thing wrong in the declaration of one handler; the loader collects them
 ├── FilterError             a filter that cannot be read or does not fit its table
 ├── MalformedChange         a payload that is no change
+├── NewerFormat             written by a newer version, which this one cannot read
 ├── Refused                 what a person asked for cannot be done; one line that says why
 │   └── Unknown             there is no dead letter, handler or paused key of that name
 ├── MissingValueError       a handler asked for a value that the change does not carry (a KeyError too)
@@ -47,6 +48,10 @@ class FilterError(TailraceError, ValueError):
 
 class MalformedChange(TailraceError, ValueError):  # noqa: N818 - named after what it is about, as the docs do
     """A payload that is no change: not JSON, or without a part every change has. Never carries row values."""
+
+
+class NewerFormat(TailraceError):  # noqa: N818 - named after what it is about, as the docs do
+    """Lanes, positions or changes as a newer version writes them: nothing is wrong with them, but wait."""
 
 
 class Refused(TailraceError):  # noqa: N818 - says what happened

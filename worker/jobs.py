@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from types import FrameType
 from typing import Any
@@ -22,11 +23,15 @@ from redis.asyncio import Redis
 
 from config.logging import configure_logging
 from config.settings import Settings, load_settings
+from config.supervisor import read_supervisor
+from worker import telemetry
 from worker.draining.workshop import Workshop
 from worker.errors import ConfigurationError
 from worker.lanes import Lane
 from worker.queue import PatientRedis, decode_job, encode_job
 from worker.search_path import search_here_first
+from worker.supervision import attend
+from worker.web import health_app, metrics_route, serve
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +54,19 @@ class WorkerProcess:
         self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[Any] | None = None
         self._code = 0
+        self._waits = ""
+
+    def attend(self) -> None:
+        """Begin to answer for the process, before all else: it may have to wait for Redis and Postgres."""
+        configure_logging(self._settings)
+        self._own(attend(read_supervisor(), self), "worker: supervision")
+        if self._settings.health_port is not None:
+            self._own(self._serve_health(self._settings.health_port), "worker: health")
+
+    def _own(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        task.add_done_callback(self._ended)
+        self._tasks.add(task)
 
     async def start(self, ctx: dict[str, Any]) -> None:
         """Open what the drain needs; waits for Postgres. arq calls this before it takes jobs."""
@@ -58,15 +76,14 @@ class WorkerProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, number)
         try:
-            workshop = await self._stack.enter_async_context(Workshop.open(self._settings, self._enqueue))
+            opening = Workshop.open(self._settings, self._enqueue, self._wait)
+            workshop = await self._stack.enter_async_context(opening)
         except ConfigurationError as error:
             _refuse(error)
         self._workshop = ctx["workshop"] = workshop
         self._pool.rung = workshop.draining.queued
         for work, name in workshop.tasks():
-            task = asyncio.create_task(work, name=name)
-            task.add_done_callback(self._ended)
-            self._tasks.add(task)
+            self._own(work, name)
         settle_memory()
         log.info("working", worker=workshop.draining.name, handlers=len(workshop.handlers))
 
@@ -76,6 +93,8 @@ class WorkerProcess:
         if task.cancelled() or self._pool.stopping:
             return
         error = task.exception()
+        if error is None and task.get_name() == "worker: supervision":
+            return  # nobody wants to hear it
         if isinstance(error, ConfigurationError):
             _tell(error)
             self._code = error.exit_code
@@ -89,6 +108,8 @@ class WorkerProcess:
             return
         self._pool.stopping = True
         log.info("stopping", signal=number.name)
+        if self._main is None:
+            os._exit(self._code)  # nothing has been started yet: see _leave
         loop = asyncio.get_running_loop()
         loop.call_later(self._settings.drain_seconds + LAST_RESORT_SECONDS, self._give_up_waiting)
         self._stopper = loop.create_task(self._drain(), name="worker: drain")
@@ -121,6 +142,56 @@ class WorkerProcess:
         """Begin to drain a lane: the arq job."""
         workshop: Workshop = ctx["workshop"]
         workshop.draining.begin(Lane(handler, number))
+
+    # Health
+
+    def _wait(self, reason: str) -> None:
+        self._waits = reason
+
+    async def _serve_health(self, port: int) -> None:
+        app = health_app(self, [metrics_route(self.samples)])
+        async with serve(app, self._settings.health_host, port, setting="WORKER_HEALTH_PORT") as served:
+            log.info("health of the worker", url=served.url)
+            await asyncio.Event().wait()
+
+    def live(self) -> tuple[bool, list[str]]:
+        """Tell whether the worker gets on; whoever waits for Redis or Postgres does."""
+        return self._workshop.live() if self._workshop else (True, [])
+
+    def _not_yet(self) -> str:
+        """Tell why there is no workshop yet."""
+        return self._pool.waits or self._waits or "starting"
+
+    def doing(self) -> str:
+        """Tell in a few words what the worker does; nothing while it is still starting."""
+        if self._workshop is not None:
+            return self._workshop.draining.doing()
+        waits = self._pool.waits or self._waits
+        return f"waiting: {waits}" if waits else ""
+
+    async def ready(self) -> tuple[bool, list[str]]:
+        """Tell whether the worker can do its work."""
+        return await self._workshop.ready() if self._workshop else (False, [self._not_yet()])
+
+    async def serves(self) -> tuple[bool, list[str]]:
+        """Tell the same: a worker stands by for nobody."""
+        return await self.ready()
+
+    def notes(self) -> list[str]:
+        """Tell what else there is to know."""
+        return self._workshop.notes() if self._workshop else []
+
+    async def status(self) -> dict[str, Any]:
+        """Tell what this worker has done."""
+        if self._workshop is None:
+            return {"ready": False, "reasons": [self._not_yet()], "handlers": []}
+        return await self._workshop.status()
+
+    async def samples(self) -> list[telemetry.Sample]:
+        """Tell it in numbers."""
+        if self._workshop is None:
+            return telemetry.of_worker(ready=False, meters=telemetry.Meters(()), lanes={})
+        return await self._workshop.samples()
 
     async def _enqueue(self, lane: Lane) -> None:
         await announce(self._pool, self._settings.queue, lane)
@@ -181,9 +252,12 @@ def worker_settings() -> type:
         raise
     configure_logging(settings)  # before arq's first lines: Redis may be away, and that is said in our words
     url = settings.redis_url.get_secret_value()
-    asyncio.set_event_loop(uvloop.new_event_loop())
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
     pool = PatientRedis(url, queue=settings.queue)
     process = WorkerProcess(settings, pool)
+    # As soon as the loop turns, if ever: `arq --check` has one of its own.
+    loop.call_soon(process.attend)
     for number in (signal.SIGTERM, signal.SIGINT):
         with suppress(ValueError):  # not in the main thread: whoever imports this there owns the signals
             signal.signal(number, _leave)

@@ -6,7 +6,8 @@ one before it, and every batch of entries the batch before it.
 
 Keys, all below the prefix `WORKER_QUEUE`:
 
-    {prefix}:{generation}:lane:{handler}:{n}   stream: id = position, field `e` = Entry as MessagePack
+    {prefix}:{generation}:lane:{handler}:{n}   stream: id = position, field `e` = Entry as MessagePack; where
+                                               older versions must not apply it, another field
     {prefix}:{generation}:meta                 hash: token of the lease that may write, last id written
     {prefix}:{generation}:tops                 hash: lane -> "id count bytes changes" of its last entry
     {prefix}:{generation}:passed               hash: lane -> "count bytes changes" up to which it is applied
@@ -20,7 +21,7 @@ Keys, all below the prefix `WORKER_QUEUE`:
 """
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -28,10 +29,19 @@ from redis.asyncio import Redis
 
 from worker import lane_scripts
 from worker.change import Position
+from worker.errors import NewerFormat
 
 if TYPE_CHECKING:
     from redis.commands.core import AsyncScript
 
+FORMAT = 1
+"""Of positions and lanes as a whole, as `tailrace.source` names it.
+
+A migration raises it, having locked `tailrace.lanes`, where a process of the version before would lose or
+double something: such processes wait from then on. What a new name for the field of an entry can say needs no
+new format; what may be overlooked needs neither, and is a new member at the end of Entry.
+"""
+UPGRADE = "which a newer version of Tailrace writes: upgrade this process"
 CLAIM_SECONDS = 5
 """A worker that has not renewed its key for so long is dead; its lanes are anybody's."""
 QUEUED_MS = 2_000
@@ -126,7 +136,8 @@ class LeaseLostError(Exception):
 
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(Entry)
+FORMATS: dict[bytes, Callable[[bytes], Entry]] = {b"e": msgspec.msgpack.Decoder(Entry).decode}
+"""How an entry is read, by the name of its field. Members that are not known at its end are passed over."""
 
 
 class Top(NamedTuple):
@@ -217,7 +228,11 @@ class Lanes:
     # Reading and trimming, for workers
 
     async def read(self, generation: str, lane: Lane, after: Position, most: int) -> Found:
-        """Read entries above a position: at most so many, and not much more than READ_BYTES."""
+        """Read entries above a position: at most so many, and not much more than READ_BYTES.
+
+        Raises:
+            NewerFormat: the first of them is one that only a newer version can read.
+        """
         key = self.key(generation, lane)
         asked = min(self._fitting(lane, READ_BYTES), most)
         async with self.redis.pipeline(transaction=False) as pipe:
@@ -228,8 +243,11 @@ class Lanes:
         size, more = 0, False
         while found:
             for id_, fields in found:
-                reads.append(Read(Position.parse(id_.decode()), _DECODER.decode(fields[b"e"])))
-                size += len(fields[b"e"])
+                name, encoded = next(iter(fields.items()))
+                if (decode := FORMATS.get(name)) is None:
+                    return _up_to_newer(lane, reads, int(park_to or 0), name)
+                reads.append(Read(Position.parse(id_.decode()), decode(encoded)))
+                size += len(encoded)
             self._widths[lane] = size // len(reads) + 1
             more = len(found) == asked
             if not more or len(reads) >= most or size >= READ_BYTES:
@@ -346,7 +364,26 @@ class Lanes:
     async def passed(self, generation: str) -> dict[Lane, Backlog]:
         """Read, for every lane, how many entries and bytes are applied."""
         found = await self.raw("HGETALL", f"{self.base(generation)}:passed")
-        return {Lane.parse(name.decode()): Backlog(*map(int, value.split())) for name, value in found.items()}
+        return {
+            Lane.parse(name.decode()): Backlog(*map(int, value.split()[:3])) for name, value in found.items()
+        }
+
+
+def check_format(number: int) -> None:
+    """See that this version understands positions and lanes.
+
+    Raises:
+        NewerFormat: it does not.
+    """
+    if number > FORMAT:
+        raise NewerFormat(f"the lanes are of format {number}, {UPGRADE}")
+
+
+def _up_to_newer(lane: Lane, reads: list[Read], park_to: int, name: bytes) -> Found:
+    """Give what stands before an entry that cannot be read; nothing after it may be applied."""
+    if reads:
+        return Found(reads, park_to, more=True)
+    raise NewerFormat(f"the next entry of {lane} is of format {name.decode(errors='replace')!r}, {UPGRADE}")
 
 
 def _above(position: Position) -> str:
@@ -354,7 +391,8 @@ def _above(position: Position) -> str:
 
 
 def _top(value: bytes) -> Top:
-    last, *counts = value.decode().split()
+    # A newer version may add to the end, here and in `passed`.
+    last, *counts = value.decode().split()[:4]
     return Top(last, *map(int, counts))
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.change import Position
-from worker.lanes import LeaseLostError
+from worker.lanes import FORMAT, LeaseLostError, check_format
 
 LEASE_SECONDS = 8
 RENEW_SECONDS = 2
@@ -32,12 +32,13 @@ def limited(statement: str) -> TextClause:
 _TAKE = limited(
     "update tailrace.source set lease_token = :token, lease_holder = :holder,"
     " lease_until = clock_timestamp() + make_interval(secs => :seconds)"
-    " where lease_until < clock_timestamp() or lease_token is null"
+    " where (lease_until < clock_timestamp() or lease_token is null) and format <= :format"
     " returning"
 )
 _RENEW = limited(
     "update tailrace.source set lease_until = clock_timestamp() + make_interval(secs => :seconds),"
-    " live_at = coalesce(cast(:sure as timestamptz), live_at) where lease_token = :token"
+    " live_at = coalesce(cast(:sure as timestamptz), live_at)"
+    " where lease_token = :token and format <= :format"
     " returning"
 )
 _GIVE_UP = limited(
@@ -49,6 +50,7 @@ _GENERATION = limited(
     "update tailrace.source set generation = :generation, floor_lsn = :lsn, floor_ordinal = :ordinal"
     " where lease_token = :token returning"
 )
+_FORMAT = text("select format from tailrace.source")
 _LIVE = text(f"select live_at, {_UNFROZEN} from tailrace.source")  # noqa: S608 - a constant of ours
 
 
@@ -65,10 +67,17 @@ def new_name() -> str:
 
 
 async def take(engine: AsyncEngine, token: str, holder: str) -> bool:
-    """Take the lease where nobody has it."""
+    """Take the lease where nobody has it.
+
+    Raises:
+        NewerFormat: whoever has it must be of a newer version than this one.
+    """
     async with engine.begin() as connection:
-        parameters = {"token": token, "holder": holder, "seconds": LEASE_SECONDS}
-        return (await connection.execute(_TAKE, parameters)).one_or_none() is not None
+        parameters = {"token": token, "holder": holder, "seconds": LEASE_SECONDS, "format": FORMAT}
+        if (await connection.execute(_TAKE, parameters)).one_or_none() is not None:
+            return True
+        check_format((await connection.execute(_FORMAT)).scalar_one())
+        return False
 
 
 async def renew(engine: AsyncEngine, token: str, sure: object) -> None:
@@ -78,7 +87,7 @@ async def renew(engine: AsyncEngine, token: str, sure: object) -> None:
         LeaseLostError: somebody else has taken it.
     """
     async with engine.begin() as connection:
-        parameters = {"token": token, "seconds": LEASE_SECONDS, "sure": sure}
+        parameters = {"token": token, "seconds": LEASE_SECONDS, "sure": sure, "format": FORMAT}
         if (await connection.execute(_RENEW, parameters)).one_or_none() is None:
             raise LeaseLostError("another listener has taken over")
 

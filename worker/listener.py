@@ -21,7 +21,9 @@ from config.settings import Settings
 from worker import delivery, lease, status, telemetry
 from worker.catalogue import Catalogue
 from worker.database import explain, is_away
+from worker.errors import NewerFormat
 from worker.lanes import Lane, Lanes, LeaseLostError
+from worker.pulse import STUCK_SECONDS, Pulse
 from worker.reading import Ground, PlainReading, ProvenReading, Reading
 from worker.registry import Handler
 from worker.source import RereadError, SourceHealth
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 STANDBY_SECONDS = 1.0
-STUCK_SECONDS = 60.0
+STANDING_BY = "standing by: another listener is active"
 _NO_REALTIME = SourceHealth(
     ready=False, reasons=(), connected=False, subscribed=False, canary_seconds=None, lag_seconds=None
 )
@@ -56,6 +58,7 @@ class Listener:
         self._engine = engine
         self._lanes = Lanes(redis, settings.queue)
         self._choice = choice
+        self._pulse = Pulse()
         self._ground = Ground(
             settings=settings,
             engine=engine,
@@ -66,12 +69,15 @@ class Listener:
             alive=self._alive,
             trouble=self._trouble,
             traces=traces,
+            pulse=self._pulse,
         )
         self._holder = f"{socket.gethostname()}:{os.getpid()}"
         self._reading: Reading | None = None
         self._sure: datetime | None = None
         self._reread_reason: str | None = None
         self._standing_by = False
+        self._newer: str | None = None
+        """Why a listener of another version must read in place of this one."""
         self._database_trouble: str | None = None
         self._ticked = time.monotonic()
         self._rereads = self._connections = 0
@@ -123,14 +129,21 @@ class Listener:
             try:
                 if await lease.take(self._engine, token, self._holder):
                     self._standing_by = False
+                    self._newer = None
                     self._trouble(None)
                     return
+            except NewerFormat as error:
+                if self._newer is None:
+                    log.warning("waiting for an upgrade", reason=str(error))
+                self._trouble(None)
+                self._newer = str(error)
             except Exception as error:
                 if not is_away(error):
                     raise
                 self._trouble(explain(error))
             else:
                 self._trouble(None)
+                self._newer = None
                 if not self._standing_by:
                     log.info("another listener is active: standing by")
                 self._standing_by = True
@@ -197,11 +210,28 @@ class Listener:
     # Health
 
     def live(self) -> tuple[bool, list[str]]:
-        """Tell whether the listener's own loop still turns."""
+        """Tell whether the listener stands by or goes its rounds, and gets on with what it has read."""
         silent = time.monotonic() - self._ticked
-        return (
-            (True, []) if silent < STUCK_SECONDS else (False, [f"no tick of the listener for {silent:.0f} s"])
-        )
+        ticks = [] if silent < STUCK_SECONDS else [f"no tick of the listener for {silent:.0f} s"]
+        reasons = [*ticks, *self._pulse.stuck()]
+        return not reasons, reasons
+
+    def doing(self) -> str:
+        """Tell in a few words what the listener does; nothing while it is still starting."""
+        if self._database_trouble is not None:
+            return f"waiting: {self._database_trouble}"
+        if self._reading is not None:
+            waits = self._reading.reasons()
+            return f"waiting: {waits[0]}" if waits else f"reading, {self._choice.delivery} delivery"
+        if self._standing_by and self._newer is None:
+            return STANDING_BY
+        waiting = self._newer or self._reread_reason
+        return f"waiting: {waiting}" if waiting else ""
+
+    async def serves(self) -> tuple[bool, list[str]]:
+        """Tell whether the listener does its part: as `ready`, but to stand by is a part, too."""
+        ready, reasons = await self.ready()
+        return (True, []) if reasons == [STANDING_BY] else (ready, reasons)
 
     async def ready(self) -> tuple[bool, list[str]]:
         """Tell whether every commit from now on will be delivered, and if not, why not."""
@@ -209,8 +239,8 @@ class Listener:
         if self._reading is not None:
             reasons += self._reading.reasons()
         elif not reasons:
-            waiting = self._reread_reason or "starting"
-            reasons = ["standing by: another listener is active" if self._standing_by else waiting]
+            waiting = self._newer or (STANDING_BY if self._standing_by else self._reread_reason)
+            reasons = [waiting or "starting"]
         return not reasons, reasons
 
     def read_to(self) -> int | None:

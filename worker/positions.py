@@ -87,6 +87,8 @@ class SourceRow(NamedTuple):
     """True where that handler has dead letters."""
     snapshot: Snapshot | None
     """What could be seen after the lane was locked; None where none was."""
+    format: int
+    """Of positions and lanes; see `lanes.FORMAT`."""
 
 
 _ROW = "lane, lsn, ordinal, arrived_lsn, arrived_ordinal, holding, parked"
@@ -104,7 +106,7 @@ _SOURCE = text(
     "select generation, floor_lsn, floor_ordinal, lanes, history, delivery,"
     " delivery = 'plain' or (server_started = pg_postmaster_start_time()"
     "  and timeline = (select timeline_id from pg_control_checkpoint())),"
-    " false, false, null from tailrace.source"
+    " false, false, null, format from tailrace.source"
 )
 _ALL = text("select handler, lane, lsn, ordinal from tailrace.lanes")
 _CIRCLE = 2**32
@@ -207,7 +209,16 @@ async def read_source(connection: AsyncConnection | AsyncSession) -> SourceRow:
 def _source(row: Sequence[Any]) -> SourceRow:
     snapshot = None if row[9] is None else Snapshot.parse(row[9])
     return SourceRow(
-        row[0], Position(row[1], row[2]), row[3], row[4], row[5], bool(row[6]), row[7], row[8], snapshot
+        row[0],
+        Position(row[1], row[2]),
+        row[3],
+        row[4],
+        row[5],
+        bool(row[6]),
+        row[7],
+        row[8],
+        snapshot,
+        row[10],
     )
 
 

@@ -216,7 +216,8 @@ class PatientRedis(ArqRedis):
         self.rung: asyncio.Event | None = None
         """Set when the queue may have a job; polls wait for it. None: they do not wait."""
         self.stopping = False
-        self._told = False
+        self.waits = ""
+        """Why Redis cannot be used; nothing where it can."""
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> _PatientPipeline:  # noqa: FBT001, FBT002 - as redis-py has it
         """Make a pipeline that waits for Redis."""
@@ -257,14 +258,12 @@ class PatientRedis(ArqRedis):
         """Wait a little because Redis is away or refuses; says so once."""
         if self.stopping and isinstance(error, RedisError):
             raise error
-        if not self._told:
-            log.warning(
-                "waiting for Redis", reason="REDIS_URL cannot be reached", error_class=type(error).__name__
-            )
-            self._told = True
+        if not self.waits:
+            self.waits = "REDIS_URL cannot be reached"
+            log.warning("waiting for Redis", reason=self.waits, error_class=type(error).__name__)
         await asyncio.sleep(MOST_WAIT_SECONDS / 4)
 
     def _back(self) -> None:
-        if self._told:
+        if self.waits:
             log.info("Redis is back")
-            self._told = False
+            self.waits = ""

@@ -18,6 +18,7 @@ from worker.errors import (
     HandlerExit,
     HandlerStuck,
     MissingValueError,
+    NewerFormat,
     RedisLost,
     RetryLater,
     SessionMisuse,
@@ -70,6 +71,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(is_lost, Answer.LANE_WAITS, "Postgres went away in the midst: nothing to do but bring it back."),
     Rule(_is(RedisLost), Answer.LANE_WAITS, "Redis went away in the midst: nothing to do but bring it back."),
+    Rule(_is(NewerFormat), Answer.LANE_WAITS, "A newer version wrote it: it waits for a worker of that one."),
     Rule(is_conflict, Answer.LANE_WAITS, "Another transaction was in the way: it is tried again at once."),
     Rule(
         _is(SessionMisuse),

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from config.logging import configure_logging
 from config.settings import Settings
+from config.supervisor import read_supervisor
 from worker import delivery, loader, telemetry
 from worker.database import explain, is_away, make_engine, wait_until_up
 from worker.delivery import UNPROTECTED
@@ -32,6 +34,7 @@ from worker.lanes import Lane, Lanes
 from worker.listener import Listener
 from worker.operating import Operations, waker
 from worker.queue import PatientRedis, connection_pool
+from worker.supervision import attend, end
 from worker.tokens import Tokens
 from worker.tracing import traces_of
 from worker.wal.slot import judge, read_permission, read_server, read_slot
@@ -46,6 +49,7 @@ log = structlog.get_logger(__name__)
 ROOT = Path(__file__).parent.parent
 OWN_MIGRATIONS = ROOT / "migrations"
 FORCE_SECONDS = 3.0
+STARTING = "starting"
 
 
 def listen(settings: Settings) -> int:
@@ -70,8 +74,11 @@ async def _listen(settings: Settings) -> None:
         async with (
             traces_of(settings, "listener") as traces,
             serve(app, settings.health_host, settings.port, closing=closing) as served,
+            AsyncExitStack() as stack,
         ):
             log.info("health of the listener", url=served.url)
+            reports = asyncio.create_task(attend(read_supervisor(), waiting), name="listener: supervision")
+            stack.push_async_callback(end, reports)
             await wait_until_up(engine, told=waiting.tell)
             choice = await _choose(settings, engine)
             handlers, catalogue = await load_handlers(settings, engine, choice.delivery)
@@ -139,7 +146,7 @@ class Waiting:
     """Answers for the listener until there is one: probes must not be refused while Postgres is away."""
 
     def __init__(self) -> None:
-        self._reason = "starting"
+        self._reason = STARTING
         self._listener: Listener | None = None
         self.desk: Desk | None = None
         """What operators may do; None while there is no listener."""
@@ -159,6 +166,16 @@ class Waiting:
     async def ready(self) -> tuple[bool, list[str]]:
         """Tell whether the process can do its work."""
         return await self._listener.ready() if self._listener else (False, [self._reason])
+
+    async def serves(self) -> tuple[bool, list[str]]:
+        """Tell whether the process does its part, which may be to stand by."""
+        return await self._listener.serves() if self._listener else (False, [self._reason])
+
+    def doing(self) -> str:
+        """Tell in a few words what the process does; nothing while it is still starting."""
+        if self._listener is not None:
+            return self._listener.doing()
+        return "" if self._reason == STARTING else f"waiting: {self._reason}"
 
     def notes(self) -> list[str]:
         """Tell what else there is to know."""

@@ -14,6 +14,7 @@ TABLES = """
 -- One row: who reads the source, under which generation, and since when.
 create table tailrace.source (
   id              smallint primary key default 1 check (id = 1),
+  format          integer not null default 1,
   history         text not null default replace(gen_random_uuid()::text, '-', ''),
   delivery        text not null default 'plain' check (delivery in ('plain', 'proven')),
   generation      text,
@@ -33,6 +34,8 @@ create table tailrace.source (
   noted_lsn       bigint not null default 0,
   noted_ordinal   bigint not null default -1
 );
+comment on column tailrace.source.format is
+  'of positions and lanes: a process that knows only lower ones reads and applies nothing';
 comment on column tailrace.source.generation is
   'random name of one reading of the source; part of the names of the lanes in Redis';
 comment on column tailrace.source.slot_target is
@@ -218,7 +221,7 @@ create function tailrace.take_lane(the_handler text, the_lane integer, idle text
 returns table (
   lane integer, lsn bigint, ordinal bigint, arrived_lsn bigint, arrived_ordinal bigint, holding integer,
   parked integer, generation text, floor_lsn bigint, floor_ordinal bigint, lanes integer, history text,
-  delivery text, same_server boolean, paused boolean, has_dead boolean, snapshot text
+  delivery text, same_server boolean, paused boolean, has_dead boolean, snapshot text, format integer
 )
 language plpgsql volatile as $$
 #variable_conflict use_column
@@ -234,7 +237,7 @@ begin
         and s.timeline = (select timeline_id from pg_control_checkpoint())),
       coalesce((select h.paused from tailrace.handlers h where h.name = the_handler), false),
       exists (select from tailrace.held d where d.handler = the_handler and d.status = 'dead'),
-      pg_current_snapshot()::text
+      pg_current_snapshot()::text, s.format
     from tailrace.lanes l, tailrace.source s where l.handler = the_handler and l.lane = the_lane;
 end
 $$

@@ -33,6 +33,9 @@ class Told:
             await self.never.wait()
         return self.readiness
 
+    async def serves(self) -> tuple[bool, list[str]]:
+        return True, []
+
     def notes(self) -> list[str]:
         return ["it is told"]
 
@@ -74,6 +77,14 @@ async def test_what_is_wrong_is_503_with_every_reason() -> None:
             "notes": ["it is told"],
         },
     )
+
+
+async def test_who_lets_a_stand_by_count_is_told_so() -> None:
+    told = Told()
+    told.readiness = (False, ["standing by"])
+    async with asked(told) as client:
+        answers = [await client.get(path) for path in ("/readyz", "/readyz?standby=ok", "/readyz?standby=no")]
+    assert [answer.status_code for answer in answers] == [503, 200, 503]
 
 
 async def test_readiness_that_hangs_is_answered_in_time() -> None:

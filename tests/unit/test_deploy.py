@@ -77,6 +77,21 @@ def test_systemd_finds_nothing_wrong_with_a_unit(path: Path) -> None:
     assert (done.returncode, ours) == (0, [])
 
 
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_systemd_finds_a_unit_well_protected(path: Path) -> None:
+    analyse = shutil.which("systemd-analyze")
+    if analyse is None:
+        pytest.skip("systemd-analyze is not installed")
+    done = subprocess.run(
+        [analyse, "security", "--offline=true", "--threshold=30", path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
 def test_there_is_a_unit_for_each_process_and_it_runs_what_the_procfile_runs() -> None:
     names = {"release": "migrate", "listener": "listener", "worker": "worker"}
     assert {path.stem for path in UNITS} == {f"tailrace-{name}" for name in names.values()}
@@ -87,7 +102,9 @@ def test_there_is_a_unit_for_each_process_and_it_runs_what_the_procfile_runs() -
 @pytest.mark.parametrize("name", ["listener", "worker"])
 def test_a_unit_lets_the_process_drain_and_does_not_restart_what_no_restart_mends(name: str) -> None:
     read = unit(name)
-    assert read["Type"] == ["exec"]
+    assert (read["Type"], read["NotifyAccess"]) == (["notify"], ["main"])
+    # The loop answers nobody while a handler computes, for as long as it may.
+    assert int(read["WatchdogSec"][0]) > load_tunables(None).handler_timeout * 2
     assert read["Restart"] == ["on-failure"]
     assert "2" in read["RestartPreventExitStatus"][0].split()
     assert read["KillSignal"] == ["SIGTERM"]

@@ -19,6 +19,7 @@ from worker.database import sqlstate_of
 from worker.draining.guard import Watch, guarded
 from worker.errors import HandlerStuck, RedisLost
 from worker.forgetting import Table
+from worker.pulse import beat
 from worker.registry import Handler
 from worker.retries import Failure, Policy, blames_nobody
 from worker.rows.lazy import RowsOfCall
@@ -76,7 +77,7 @@ class Caller:
         self.handler = handler
         self.policy = policy
         self.traces = traces
-        self._timeout = timeout
+        self.timeout = timeout
         self._context = context
         followed = {(one.schema, one.table) for one in handler.subscriptions}
         self._cached = followed.intersection(cached) if handler.wants_context else frozenset[Table]()
@@ -110,7 +111,7 @@ class Caller:
                 await watch.call(call(session, argument, idempotency_key))
 
         try:
-            await guarded(self._timeout, work, self.handler.name)
+            await guarded(self.timeout, work, self.handler.name)
         except HandlerStuck:
             await session.invalidate()
             raise
@@ -152,6 +153,7 @@ class Caller:
         finally:
             rows.end()
             ROWS_OF_CALL.reset(known)
+            beat()
 
     async def _forget(self, context: Context, given: Sequence[Any]) -> None:
         """Forget what the cache has of rows behind this call, before it is asked.

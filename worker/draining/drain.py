@@ -27,9 +27,10 @@ from worker.draining.meetings import other_lanes
 from worker.draining.notes import Notes, Suspicion
 from worker.draining.passes import Pass, Progress, Turn
 from worker.driver import transaction
-from worker.errors import RedisLost
-from worker.lanes import Lane, Lanes
+from worker.errors import NewerFormat, RedisLost
+from worker.lanes import Lane, Lanes, check_format
 from worker.positions import Limits, Moved, Seen
+from worker.pulse import STUCK_SECONDS, Pulse
 from worker.registry import Handler
 from worker.retries import Failure
 
@@ -55,6 +56,7 @@ class Drain:
         limits: Limits,
         batch: int,
         seen: Seen | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self.handler: Handler = caller.handler
         self._engine = engine
@@ -65,6 +67,8 @@ class Drain:
         self._batch = batch
         self._most = min(batch, FIRST_BATCH)
         self._careful = 0
+        self._pulse = pulse or Pulse()
+        self._stuck_seconds = STUCK_SECONDS + caller.timeout
         self._suspicions: dict[Lane, Suspicion] = {}
         self._entries = Entries(self._applying, lanes, seen or Seen(), self._suspicions, batch)
 
@@ -117,7 +121,8 @@ class Drain:
         spoilers: dict[object, Failure] = {}
         for _ in range(MOST_TRIES):
             try:
-                progress, generation = await self._pass(lane, careful, together, spoilers)
+                with self._pulse.working(f"a pass over {lane}", self._stuck_seconds):
+                    progress, generation = await self._pass(lane, careful, together, spoilers)
                 return await self._after_commit(lane, generation, progress)
             except CallFailedError:
                 careful, self._careful = True, CAREFUL_PASSES
@@ -154,6 +159,7 @@ class Drain:
             if taken is None:
                 return Progress(ended=Pass.UNKNOWN), None
             row, source = taken
+            check_format(source.format)
             if source.generation is None:
                 return progress, None
             if not source.same_server:
@@ -231,6 +237,8 @@ class Drain:
 
 def _stopped_by(error: BaseException) -> Progress | None:
     """Tell how a pass ends that an error has stopped; None where the error is no reason to wait."""
+    if isinstance(error, NewerFormat):
+        return Progress(ended=Pass.NEWER, reason=str(error))
     if isinstance(error, RedisError | RedisLost):
         return Progress(ended=Pass.AWAY, reason=_redis(error))
     if is_locked(error) or is_conflict(error):

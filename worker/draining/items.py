@@ -11,9 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.catalogue import Table
 from worker.change import Change, Column, Position, RawChange, RawSource
-from worker.errors import MalformedChange
+from worker.errors import MalformedChange, NewerFormat
 from worker.held import HeldRow
-from worker.lanes import Read
+from worker.lanes import UPGRADE, Read
 from worker.registry import Handler
 from worker.rows.repair import build_changes
 from worker.schema_watch import SchemaWatch
@@ -151,7 +151,7 @@ def _item(row: HeldRow, change: Change) -> Item:
 def _decode(source: str, payload: bytes) -> RawChange:
     known = _SOURCES.get(source)
     if known is None:
-        raise MalformedChange(f"unknown source {source!r}")
+        raise NewerFormat(f"a change is of source {source!r}, {UPGRADE}")
     if not payload:
         raise MalformedChange("a change whose payload is gone from tailrace.payloads")
     return RawChange.decode(known, payload)

@@ -35,6 +35,8 @@ class Pass(enum.Enum):
     """Entries are missing; the listener has been asked to read them again."""
     AWAY = "away"
     """Postgres or Redis is away; `reason` says which."""
+    NEWER = "newer"
+    """Only a newer version can go on here; `reason` says why."""
     MEETING = "meeting"
     """The next change belongs to several lanes, and another one has not got there yet."""
     UNKNOWN = "unknown"

@@ -24,11 +24,14 @@ from worker.database import explain
 from worker.draining.drain import Drain
 from worker.draining.passes import Pass, Progress
 from worker.lanes import CLAIM_SECONDS, Claim, Lane, Lanes
+from worker.pulse import Pulse
 from worker.telemetry import Meters
 
 log = structlog.get_logger(__name__)
 
 SWEEP_SECONDS = 2.0
+SWEEP_STUCK_SECONDS = 120.0
+"""Longer than it takes to give up a connection that does not come about."""
 LINGER_SECONDS = 5.0
 """How long a job waits at an empty lane before it ends."""
 TURN_SECONDS = 5.0
@@ -39,6 +42,8 @@ SOON_SECONDS = 0.002
 MOST_PATIENCE_SECONDS = 0.64
 """The two above double with each pass in vain, up to this: what is waited for rings, or may take long."""
 AWAY_SECONDS = 1.0
+NEWER_SECONDS = 10.0
+"""How long a lane that only a newer version can read is left to other workers."""
 
 Enqueue = Callable[[Lane], Awaitable[None]]
 
@@ -55,6 +60,7 @@ class Draining:
         drains: Mapping[str, Drain],
         enqueue: Enqueue,
         at_once: int,
+        pulse: Pulse | None = None,
     ) -> None:
         self.name = name
         self._engine = engine
@@ -78,6 +84,22 @@ class Draining:
         self.applied = 0
         self.lag_seconds: float | None = None
         self.meters = Meters(drains)
+        self._newer: dict[Lane, float] = {}
+        """Lanes that only a newer version can read, and up to when they are left alone."""
+        self._newer_reason = ""
+        self._pulse = pulse or Pulse()
+
+    def stuck(self) -> list[str]:
+        """Tell which passes, or the sweep, do not get on."""
+        return self._pulse.stuck()
+
+    def doing(self) -> str:
+        """Tell in a few words what this worker does."""
+        if self.stopping.is_set():
+            return "stopping"
+        if waits := self._trouble or self.newer:
+            return f"waiting: {waits}"
+        return f"draining {len(self._bells)} lanes" if self._bells else "idle"
 
     def lanes_now(self) -> dict[str, int]:
         """Count the lanes that are being drained, by handler."""
@@ -94,10 +116,24 @@ class Draining:
         """
         if lane in self._bells:
             self._bells[lane].set()
-        elif not self.stopping.is_set():
+        elif not self.stopping.is_set() and not self._leaves_alone(lane):
             task = asyncio.create_task(self.drain(lane), name=f"worker: drain {lane}")
             self._turns.add(task)
             task.add_done_callback(self._over)
+
+    def _leaves_alone(self, lane: Lane) -> bool:
+        """Tell whether a lane is left to newer workers for now; the next sweep deals it anew."""
+        until = self._newer.get(lane)
+        if until is None or time.monotonic() < until:
+            return until is not None
+        del self._newer[lane]
+        return False
+
+    @property
+    def newer(self) -> str:
+        """Why lanes wait for a worker of a newer version; nothing where none does."""
+        now = time.monotonic()
+        return self._newer_reason if any(until > now for until in self._newer.values()) else ""
 
     def _over(self, task: asyncio.Task[None]) -> None:
         self._turns.discard(task)
@@ -145,7 +181,7 @@ class Draining:
                 progress = await drain.run(lane)
             self._measure(lane, progress, time.monotonic() - began)
             await self._follow(lane, progress)
-            if progress.ended is Pass.UNKNOWN:
+            if progress.ended in (Pass.UNKNOWN, Pass.NEWER):
                 return False
             if time.monotonic() > until and progress.ended is not Pass.EMPTY:
                 return await self._deal_anew(lane)
@@ -184,6 +220,10 @@ class Draining:
     async def _follow(self, lane: Lane, progress: Progress) -> None:
         if progress.ended is Pass.AWAY:
             self._tell(progress.reason)
+        if progress.ended is Pass.NEWER:
+            if not self.newer:
+                log.warning("waiting for an upgrade", reason=progress.reason)
+            self._newer[lane], self._newer_reason = time.monotonic() + NEWER_SECONDS, progress.reason
         if progress.applied:
             self.applied += progress.applied
         if progress.latest_at:
@@ -293,7 +333,8 @@ class Draining:
         """Look every two seconds for lanes with work that nobody drains, for ever."""
         while True:
             try:
-                await self._sweep_once()
+                with self._pulse.working("the sweep", SWEEP_STUCK_SECONDS):
+                    await self._sweep_once()
             except RedisError as error:
                 self._tell(f"Redis cannot be used ({type(error).__name__})")
             except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:

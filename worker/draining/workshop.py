@@ -3,12 +3,11 @@
 Knows nothing of arq; jobs.py puts it under arq's worker, tests put it into their own loop.
 """
 
-import asyncio
 import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -34,6 +33,7 @@ from worker.errors import ConfigurationError
 from worker.forgetting import cached_tables
 from worker.lanes import Lanes
 from worker.positions import Seen
+from worker.pulse import Pulse
 from worker.queue import connection_pool
 from worker.registry import Handler
 from worker.retries import Backoff, Policy
@@ -41,7 +41,6 @@ from worker.schema_watch import SchemaWatch
 from worker.supabase import SupabaseClients
 from worker.tracing import traces_of
 from worker.wal.publication import recorded_keys
-from worker.web import health_app, metrics_route, serve
 
 if TYPE_CHECKING:
     from worker.tracing.spans import Traces
@@ -96,8 +95,10 @@ class Workshop:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, settings: Settings, enqueue: Enqueue) -> AsyncIterator[Self]:
-        """Open everything; waits for Postgres.
+    async def open(
+        cls, settings: Settings, enqueue: Enqueue, told: Callable[[str], None] | None = None
+    ) -> AsyncIterator[Self]:
+        """Open everything; waits for Postgres, and tells why.
 
         Raises:
             ConfigurationError: the handlers are wrong, or do not fit the database.
@@ -111,18 +112,20 @@ class Workshop:
         try:
             loader.load(settings.handlers)  # what is wrong with the code is told before any waiting
             traces = await tracing.enter_async_context(traces_of(settings, "worker"))
-            await wait_until_up(engine)
+            await wait_until_up(engine, told=told)
             # Which delivery it is, and what that demands of the tables, is the listener's to judge.
             handlers, catalogue = await load_handlers(settings, engine, "proven")
             tables = {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
             watch = SchemaWatch(engine, catalogue, settings.publication, tables)
+            pulse = Pulse()
             draining = Draining(
                 name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
                 engine=engine,
                 lanes=Lanes(redis, settings.queue),
-                drains=await _drains(settings, engine, redis, handlers, watch, clients, traces),
+                drains=await _drains(settings, engine, redis, handlers, watch, clients, traces, pulse),
                 enqueue=enqueue,
                 at_once=AT_ONCE,
+                pulse=pulse,
             )
             cache = make_cache(redis, settings, handlers)
             alerting = Alerting(
@@ -146,19 +149,12 @@ class Workshop:
         ]
         if self._alerting.needed:
             tasks.append((self._alerting.keep(), "worker: alerts"))
-        if self._settings.health_port is not None:
-            tasks.append((self._serve_health(self._settings.health_port), "worker: health"))
         return tasks
 
-    async def _serve_health(self, port: int) -> None:
-        app = health_app(self, [metrics_route(self.samples)])
-        async with serve(app, self._settings.health_host, port, setting="WORKER_HEALTH_PORT") as served:
-            log.info("health of the worker", url=served.url)
-            await asyncio.Event().wait()
-
     def live(self) -> tuple[bool, list[str]]:
-        """Tell whether the worker's loop turns; that it answers says so."""
-        return True, []
+        """Tell whether the worker gets on with its passes and its sweep, or has nothing to do."""
+        stuck = self.draining.stuck()
+        return not stuck, stuck
 
     async def ready(self) -> tuple[bool, list[str]]:
         """Tell whether the worker reaches Postgres and Redis: whether its sweep has lately been round."""
@@ -167,6 +163,8 @@ class Workshop:
             return False, ["stopping"]
         if silent > DEAF_SECONDS:
             return False, ["Postgres or Redis cannot be reached: see the log"]
+        if newer := self.draining.newer:
+            return False, [newer]
         return True, []
 
     def notes(self) -> list[str]:
@@ -200,6 +198,7 @@ async def _drains(
     watch: SchemaWatch,
     clients: SupabaseClients,
     traces: "Traces | None",
+    pulse: Pulse,
 ) -> dict[str, Drain]:
     async with engine.connect() as connection:
         version = int((await connection.execute(text("show server_version_num"))).scalar_one())
@@ -234,6 +233,7 @@ async def _drains(
             limits=limits,
             batch=settings.batch,
             seen=seen,
+            pulse=pulse,
         )
     return drains
 

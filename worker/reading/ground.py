@@ -17,6 +17,7 @@ from worker.backfill import Backfills
 from worker.catalogue import Catalogue
 from worker.database import explain, is_away
 from worker.lanes import Lane, Lanes, LeaseLostError
+from worker.pulse import Pulse, beat
 from worker.reading.crosscheck import CrossCheck
 from worker.reading.journal import Journal
 from worker.reading.schema import Schema
@@ -52,6 +53,8 @@ class Ground:
     """Is told why Postgres cannot be used, or None."""
     traces: "Traces | None" = None
     """Where changes are traced."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Is told of each batch that is taken in."""
     tables: tuple[tuple[str, str], ...] = field(init=False)
     """All tables of the handlers, as (schema, table)."""
     schema: Schema = field(init=False)
@@ -77,6 +80,7 @@ class Ground:
                     log.warning("waiting for Redis", reason=reason, error_class=type(error).__name__)
                     told = True
                 self.alive()
+                beat()
                 await asyncio.sleep(AGAIN_SECONDS)
 
     async def in_postgres(self, step: Callable[[], Awaitable[T]]) -> T:
@@ -89,6 +93,7 @@ class Ground:
                     raise
                 self.trouble(explain(error))
                 self.alive()
+                beat()
                 await asyncio.sleep(AGAIN_SECONDS)
 
     async def holding(self, token: str, step: Awaitable[None]) -> None:

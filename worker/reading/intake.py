@@ -20,6 +20,7 @@ from worker import following, gaps, lease
 from worker.backfill import Backfills
 from worker.change import Position, RawChange
 from worker.lanes import Backlog, LeaseLostError
+from worker.pulse import beat
 from worker.reading.ground import CANARY, Ground
 from worker.reading.journal import Journal
 from worker.reading.lagging import Bounds, to_park
@@ -153,6 +154,7 @@ class Intake:
             if not told:
                 log.warning("the lanes are full: reading stops", entries=backlog.entries, size=backlog.size)
                 told = True
+            beat()
             await asyncio.sleep(FULL_SECONDS)
 
     async def look_after(self) -> None:

@@ -20,6 +20,7 @@ from worker.change import Position, RawChange
 from worker.database import explain, is_away
 from worker.lane_writer import LaneWriter
 from worker.lanes import NOTHING, Backlog, Content, Lane, Lanes, LanesLostError, Top
+from worker.pulse import beat
 from worker.queue import is_full, refuses_for_now
 from worker.registry import Handler
 from worker.routing import Routed, lane_of
@@ -265,6 +266,7 @@ class Journal:
             content = content._replace(changes=0)  # the lowest lane applies it, and counts it
 
     def _settle(self) -> None:
+        beat()
         if self.follows:
             following.written((one.position for one in self._pending[: self._batch]), self.generation)
         if self._traces is not None and self._traced:
@@ -284,6 +286,7 @@ class Journal:
         if self.trouble is None:
             log.warning("waiting for Redis", error_class=type(error).__name__)
         self.trouble = f"Redis cannot be written ({type(error).__name__}): check REDIS_URL and its memory"
+        beat()
         await asyncio.sleep(delay)
         return min(delay * 2, MOST_AWAY_SECONDS)
 
@@ -382,6 +385,7 @@ class Journal:
                 if not is_away(error):
                     raise
                 log.warning("waiting for Postgres", reason=explain(error))
+                beat()
                 await asyncio.sleep(MOST_AWAY_SECONDS / 5)
 
     async def sweep(self) -> None:

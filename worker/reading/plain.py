@@ -6,7 +6,7 @@ What Realtime, the listener or Redis may have lost is recorded as a gap.
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
 
@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from worker import gaps, lease, positions
 from worker.backfill import Backfills
-from worker.change import Position
+from worker.change import Position, RawChange
 from worker.hooks import HookSource, Inbox
 from worker.lane_writer import LaneWriter
 from worker.reading import layout, record
@@ -166,31 +166,35 @@ class PlainReading:
             group.create_task(backfill(self._backfills), name="listener: backfill")
 
     async def _read(self) -> None:
-        journal, intake, source = self.journal, self._intake, self._source
-        if journal is None:
+        if self.journal is None:
             raise RuntimeError("begin() comes first")
-        async with aclosing(source.read()) as batches:  # type: ignore[type-var] # it is an async generator
+        async with aclosing(self._source.read()) as batches:  # type: ignore[type-var] # it is an async generator
             async for batch in batches:
-                at = time.time()
-                self._holding = True
-                await intake.until_room()
-                staged = 0
-                for one in batch:
-                    if isinstance(one, Gap):
-                        await journal.flush()
-                        await self._ground.record(one)
-                        continue
-                    if intake.is_strange(one):
-                        await intake.acquaint(one)
-                    staged += intake.take(one, at)
-                    if staged >= FLUSH:
-                        await journal.flush()
-                        staged = 0
-                # Taken before the flush: what arrives during it is not written yet.
-                sure = source.sure_until if source.waiting == 0 else None
+                with self._ground.pulse.working("taking in a batch of Realtime's changes"):
+                    await self._take_in(batch, self.journal)
+
+    async def _take_in(self, batch: Sequence[RawChange | Gap], journal: Journal) -> None:
+        intake, source = self._intake, self._source
+        at = time.time()
+        self._holding = True
+        await intake.until_room()
+        staged = 0
+        for one in batch:
+            if isinstance(one, Gap):
                 await journal.flush()
-                self._sure = sure or self._sure
-                self._holding = False
+                await self._ground.record(one)
+                continue
+            if intake.is_strange(one):
+                await intake.acquaint(one)
+            staged += intake.take(one, at)
+            if staged >= FLUSH:
+                await journal.flush()
+                staged = 0
+        # Taken before the flush: what arrives during it is not written yet.
+        sure = source.sure_until if source.waiting == 0 else None
+        await journal.flush()
+        self._sure = sure or self._sure
+        self._holding = False
 
     async def tick(self) -> None:
         """Pay what is owed: gaps, counters, and the gap from before the start."""

@@ -39,6 +39,7 @@ from worker.wal.slot import (
     read_server,
     read_slot,
 )
+from worker.wal.transactions import WalBatch
 from worker.wal.type_names import TypeNames
 
 log = structlog.get_logger(__name__)
@@ -205,36 +206,40 @@ class ProvenReading:
             await self._note_reached(self._read_to)
 
     async def _read(self) -> None:
-        journal, intake, doorbell = self.journal, self._intake, self._doorbell
-        if journal is None:
+        if self.journal is None:
             raise RuntimeError("begin() comes first")
         try:
             async with aclosing(self._reader.read()) as batches:  # type: ignore[type-var] # it is an async generator
                 self._live = True
                 async for batch in batches:
-                    at = time.time()
-                    await intake.until_room()
-                    staged = 0
-                    for position, raw in batch.changes:
-                        journal.inside(position)
-                        doorbell.logged(raw)
-                        if (raw.schema, raw.table) != CANARY:
-                            self._busy = True
-                            if intake.is_strange(raw):
-                                await intake.acquaint(raw)
-                            staged += intake.take(raw, at)
-                        if staged >= FLUSH:
-                            await journal.flush()
-                            staged = 0
-                    await journal.flush()
-                    if not batch.open:
-                        journal.outside()
-                    # Only now: what is not wholly in the lanes must be read again.
-                    self._read_to = batch.read_to
+                    with self._ground.pulse.working("taking in a batch of the log"):
+                        await self._take_in(batch, self.journal)
         except (SlotLostError, SlotMissingError) as error:
             raise RereadError(str(error), seconds=1.0) from error
         except WalError as error:
             raise RereadError(str(error), seconds=0.5) from error
+
+    async def _take_in(self, batch: WalBatch, journal: Journal) -> None:
+        intake, doorbell = self._intake, self._doorbell
+        at = time.time()
+        await intake.until_room()
+        staged = 0
+        for position, raw in batch.changes:
+            journal.inside(position)
+            doorbell.logged(raw)
+            if (raw.schema, raw.table) != CANARY:
+                self._busy = True
+                if intake.is_strange(raw):
+                    await intake.acquaint(raw)
+                staged += intake.take(raw, at)
+            if staged >= FLUSH:
+                await journal.flush()
+                staged = 0
+        await journal.flush()
+        if not batch.open:
+            journal.outside()
+        # Only now: what is not wholly in the lanes must be read again.
+        self._read_to = batch.read_to
 
     def _ring(self) -> None:
         self._reader.wake()

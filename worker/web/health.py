@@ -38,6 +38,10 @@ class StatusProvider(Protocol):
         """Tell whether the process can do its work now, and if not, each reason with its remedy."""
         ...
 
+    async def serves(self) -> tuple[bool, list[str]]:
+        """Tell whether the process does its part: as `ready`, but to stand by for another is a part, too."""
+        ...
+
     def notes(self) -> list[str]:
         """Tell what a person should know though it is no reason to be unready; without I/O."""
         ...
@@ -72,8 +76,10 @@ def health_app(
         live, reasons = status.live()
         return _answer({"live": live, "reasons": reasons}, good=live)
 
-    async def readyz(_request: Request) -> Response:
-        told = await in_time(status.ready(), answer_seconds)
+    async def readyz(request: Request) -> Response:
+        # A platform that replaces processes one by one waits for the new one, which stands by for the old.
+        ask = status.serves if request.query_params.get("standby") == "ok" else status.ready
+        told = await in_time(ask(), answer_seconds)
         ready, reasons = (False, [told]) if isinstance(told, str) else told
         return _answer({"ready": ready, "reasons": reasons, "notes": status.notes()}, good=ready)
 
