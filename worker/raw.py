@@ -16,6 +16,9 @@ ChangeType = Literal["INSERT", "UPDATE", "DELETE", "TRUNCATE"]
 RawSource = Literal["realtime", "wal"]
 
 
+_tuple: Final = tuple.__new__
+
+
 class _Pair(NamedTuple):
     lsn: int
     ordinal: int
@@ -39,7 +42,17 @@ class Position(_Pair):
             ValueError: not two numbers with a dash between.
         """
         lsn, _, ordinal = text.partition("-")  # the ordinal of a boundary is -1, with a dash of its own
-        return cls(int(lsn), int(ordinal))
+        return _tuple(cls, (int(lsn), int(ordinal)))  # several for each change: cls(…) takes twice as long
+
+    @classmethod
+    def of_id(cls, id_: bytes) -> "Position":
+        """Read the id of a stream's entry.
+
+        Raises:
+            ValueError: as `parse`.
+        """
+        lsn, _, ordinal = id_.partition(b"-")
+        return _tuple(cls, (int(lsn), int(ordinal)))
 
     def __str__(self) -> str:
         return f"{self.lsn}-{self.ordinal}"
@@ -64,7 +77,7 @@ class Column(msgspec.Struct, frozen=True):
     key: bool = False
 
 
-class _Payload(msgspec.Struct, frozen=True):
+class _Payload(msgspec.Struct, frozen=True, gc=False):
     """What is read of payload.data."""
 
     schema: str
@@ -77,6 +90,20 @@ class _Payload(msgspec.Struct, frozen=True):
     errors: tuple[str, ...] | None = None
 
 
+class Outline(msgspec.Struct, frozen=True, gc=False):
+    """What is read of payload.data where its rows are read later, in one go; `null` where there is none."""
+
+    schema: str
+    table: str
+    type: ChangeType
+    columns: msgspec.Raw
+    record: msgspec.Raw = msgspec.Raw(b"null")
+    old_record: msgspec.Raw = msgspec.Raw(b"null")
+    commit_timestamp: str | None = None
+    errors: tuple[str, ...] | None = None
+
+
+outline: Final = msgspec.json.Decoder(Outline).decode
 _payload: Final = msgspec.json.Decoder(_Payload).decode
 _column_list: Final = msgspec.json.Decoder(tuple[Column, ...]).decode
 
@@ -87,8 +114,8 @@ _known_columns: Final[dict[bytes, tuple[Column, ...]]] = {}
 _KNOWN_COLUMNS_LIMIT: Final = 1024
 
 
-def _columns(raw: msgspec.Raw) -> tuple[Column, ...]:
-    text = bytes(raw)
+def columns_of_payload(text: bytes) -> tuple[Column, ...]:
+    """Read the list of columns of a payload; of equal texts it is the same object."""
     known = _known_columns.get(text)
     if known is None:
         if len(_known_columns) >= _KNOWN_COLUMNS_LIMIT:
@@ -110,8 +137,11 @@ _log_column_list: Final = msgspec.msgpack.Decoder(list[_LogColumn]).decode
 _known_log_columns: Final[dict[bytes, tuple[tuple[Column, ...], tuple[str, ...]]]] = {}
 
 
-def _log_columns(raw: bytes) -> tuple[tuple[Column, ...], tuple[str, ...]]:
-    """Read a list of columns of the log; gives them, and their names alone."""
+def columns_of_log(raw: bytes) -> tuple[tuple[Column, ...], tuple[str, ...]]:
+    """Read a list of columns of the log; gives them, and their names alone. See `columns_of_payload`."""
+    known = _known_log_columns.get(raw)
+    if known is not None:
+        return known
     if len(_known_log_columns) >= _KNOWN_COLUMNS_LIMIT:
         _known_log_columns.clear()
     columns = tuple([Column(one.name, one.type, one.type_oid, one.key) for one in _log_column_list(raw)])
@@ -133,7 +163,7 @@ def encode_columns(columns: Sequence[Column]) -> bytes:
 LogValue = bytes | bool | None
 
 
-class LogChange(msgspec.Struct, frozen=True, array_like=True):
+class LogChange(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A change of the write-ahead log as it goes through a lane, in msgpack.
 
     It outlives versions in held rows: fields may be added at the end, with a default, and none may go.
@@ -165,15 +195,20 @@ class LogChange(msgspec.Struct, frozen=True, array_like=True):
     table_oid: int = 0
 
 
-_log_decode: Final = msgspec.msgpack.Decoder(LogChange).decode
+decode_log: Final = msgspec.msgpack.Decoder(LogChange).decode
 _log_encode: Final = msgspec.msgpack.Encoder().encode
 _EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 @functools.lru_cache(maxsize=64)
+def moment_of(microseconds: int) -> dt.datetime:
+    """Give microseconds since 1970 as a time; all changes of a transaction ask for the same."""
+    return _EPOCH + dt.timedelta(microseconds=microseconds)
+
+
+@functools.lru_cache(maxsize=64)
 def _iso(microseconds: int) -> str:
-    """Give microseconds since 1970 as ISO text; all changes of a transaction ask for the same."""
-    return (_EPOCH + dt.timedelta(microseconds=microseconds)).isoformat(timespec="microseconds")
+    return moment_of(microseconds).isoformat(timespec="microseconds")
 
 
 def _carried(names: tuple[str, ...], values: list[LogValue]) -> dict[str, Any]:
@@ -186,7 +221,7 @@ def _carried(names: tuple[str, ...], values: list[LogValue]) -> dict[str, Any]:
     return row
 
 
-class RawChange(msgspec.Struct, frozen=True):
+class RawChange(msgspec.Struct, frozen=True, gc=False):
     """A change as its source wrote it.
 
     Attributes:
@@ -226,7 +261,7 @@ class RawChange(msgspec.Struct, frozen=True):
     @classmethod
     def of_log(cls, log: LogChange, payload: bytes | None = None) -> "RawChange":
         """Make a change of the write-ahead log; `payload` is what it was read from, if it was."""
-        columns, names = _known_log_columns.get(log.columns) or _log_columns(log.columns)
+        columns, names = columns_of_log(log.columns)
         return cls(
             "wal",
             log.schema,
@@ -252,9 +287,9 @@ class RawChange(msgspec.Struct, frozen=True):
         """
         try:
             if source == "wal":
-                return cls.of_log(_log_decode(payload), payload)
+                return cls.of_log(decode_log(payload), payload)
             data = _payload(payload)
-            columns = _columns(data.columns)
+            columns = columns_of_payload(bytes(data.columns))
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
             raise MalformedChange(f"this payload is no change: {_complaint(error)}") from None
         return cls(

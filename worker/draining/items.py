@@ -4,7 +4,7 @@ Decoding only; which entries, in which order and under which lock is the drain's
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -15,11 +15,13 @@ from worker.errors import MalformedChange, NewerFormat
 from worker.held import HeldRow
 from worker.lanes import UPGRADE, Read
 from worker.registry import Handler
+from worker.rows.quick import Quick
 from worker.rows.repair import build_changes
 from worker.schema_watch import SchemaWatch
 from worker.schemas import fits
 from worker.values import from_canonical
 
+_texts: Final = msgspec.json.Decoder(list[str | None]).decode
 _SOURCES: Mapping[str, RawSource] = {"realtime": "realtime", "wal": "wal"}
 
 
@@ -53,6 +55,7 @@ class Decoder:
         self._types: tuple[str, ...] = ()
         self._version = -1
         self._judged: dict[tuple[str, str], tuple[Column, ...]] = {}
+        self._quick = Quick(watch.catalogue, handler.model)
 
     async def doubt(self, session: AsyncSession) -> None:
         """See whether a table was altered: something has failed, and that may be why."""
@@ -66,7 +69,7 @@ class Decoder:
         """
         if self._version != self._catalogue.version:
             self._types, self._version = self.key_types(), self._catalogue.version
-        texts: list[str | None] = msgspec.json.decode(key)
+        texts = _texts(key)
         if len(texts) != len(self._types):
             raise MalformedChange("a key of other columns than those by which the handler computes today")
         values = [
@@ -86,9 +89,33 @@ class Decoder:
 
     async def changes(self, session: AsyncSession, reads: Sequence[Read]) -> list[Item]:
         """Decode and repair changes, keeping their order."""
-        raws = [(read.position, _decode(read.entry.source, read.entry.payload), 1) for read in reads]
-        built = await self.built(session, raws)
-        return [Item(read, built[read.position]) for read in reads]
+        quick, rest = self._quick.change, list[int]()
+        changes: list[Change | None] = []
+        for at, (position, entry) in enumerate(reads):
+            change = quick(position, entry.source, entry.payload)
+            if change is None:
+                rest.append(at)
+            changes.append(change)
+        if rest:
+            await self._rest(session, reads, changes, rest)
+        return [Item(read, change) for read, change in zip(reads, changes, strict=True) if change is not None]
+
+    async def _rest(
+        self, session: AsyncSession, reads: Sequence[Read], changes: list[Change | None], rest: Sequence[int]
+    ) -> None:
+        """Make those changes that cannot be made in one step."""
+        try:
+            raws = [
+                (reads[at].position, _decode(reads[at].entry.source, reads[at].entry.payload), 1)
+                for at in rest
+            ]
+            built = await self.built(session, raws)
+        except BaseException:
+            self._quick.forget()
+            raise
+        self._quick.learn()
+        for at in rest:
+            changes[at] = built[reads[at].position]
 
     async def parked(self, session: AsyncSession, rows: Sequence[HeldRow]) -> list[Item]:
         """Decode and repair parked changes, whose positions all differ, keeping their order."""

@@ -17,7 +17,8 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from worker.catalogue import Table
-from worker.change import Change, Position, RawChange, Record
+from worker.change import Change, LogChange, Position, RawChange, Record
+from worker.raw import Outline
 from worker.rows.reread import read_again
 from worker.rows.shape import Absent, Shape, shape_of
 from worker.values.database import decode_by_database
@@ -97,10 +98,10 @@ def _at_once(table: Table, shape: Shape, position: Position, raw: RawChange, att
         for name in shape.certainly_nan:
             if values.get(name, 0) is None:
                 return None
-        old = Record(values, _absent_from_old(table, shape, raw, values).reasons)
+        old = Record(values, absent_from_old(table, shape, raw, values).reasons)
     missing = _NOTHING
     if raw.type == "DELETE" and old is not None:
-        missing = _absent_from_old(table, shape, raw, old).columns
+        missing = absent_from_old(table, shape, raw, old).columns
     return _change(shape, position, raw, attempt, new, old, missing=missing)
 
 
@@ -144,16 +145,19 @@ def _moment(text: str | None) -> dt.datetime | None:
     return None if text is None else dt.datetime.fromisoformat(text)
 
 
-def _is_too_large(raw: RawChange) -> bool:
-    return any("413" in error for error in raw.errors)
+def _is_too_large(raw: RawChange | Outline | LogChange) -> bool:
+    return not isinstance(raw, LogChange) and any("413" in error for error in raw.errors or ())
 
 
-def _absent_from_old(table: Table, shape: Shape, raw: RawChange, old: Mapping[str, Any]) -> Absent:
+def absent_from_old(
+    table: Table, shape: Shape, raw: RawChange | Outline | LogChange, old: Mapping[str, Any]
+) -> Absent:
+    """Name the columns that the old row of a change does not have, with the reason."""
     if len(old) == len(shape.names):
         return _ALL_THERE
-    if raw.errors and _is_too_large(raw):
+    if _is_too_large(raw):
         return shape.absent(old, _TOO_LARGE)
-    if raw.type == "DELETE" and raw.source == "realtime" and table.row_security and table.identity == "full":
+    if raw.type == "DELETE" and not shape.of_log and table.row_security and table.identity == "full":
         reason = (
             f"Realtime sends only the key of a row deleted from {table.sql_name}: it has row-level security"
         )
@@ -212,7 +216,7 @@ def _draft(table: Table, shape: Shape, position: Position, raw: RawChange, attem
         draft.key = _key(shape, raw.record)
     if raw.old_record is not None:
         draft.old = old = shape.read(raw.old_record)
-        draft.old_missing = dict(_absent_from_old(table, shape, raw, raw.old_record).reasons)
+        draft.old_missing = dict(absent_from_old(table, shape, raw, raw.old_record).reasons)
         hidden = {name: _CUT for name in shape.cut if old.get(name) is not None}
         hidden |= {name: _NAN for name in shape.certainly_nan if old.get(name, 0) is None}
         for name in hidden:

@@ -26,6 +26,7 @@ class Shape:
 
     Attributes:
         names: all columns of the payload's list.
+        types: of each column, in the order of the list, the name of the type by which it is decoded.
         strict: decoders that raise on what they do not know; without the columns in `casts`.
         total: the same, but never raising.
         casts: columns that Postgres must read, each with the name of its type.
@@ -37,6 +38,7 @@ class Shape:
     """
 
     names: frozenset[str]
+    types: Mapping[str, str]
     strict: Mapping[str, Decoder]
     total: Mapping[str, Decoder]
     casts: Mapping[str, str]
@@ -112,9 +114,10 @@ def shape_of(tables: Sequence[Table], columns: tuple[Column, ...], source: RawSo
     total: dict[str, Decoder] = {}
     casts: dict[str, str] = {}
     infos = {column.name: _info(table, column) for column in columns}
+    types: dict[str, str] = {}
     for column in columns:
         info = infos[column.name]
-        name = column.type if info is None else info.value_type
+        name = types[column.name] = column.type if info is None else info.value_type
         safe = decoder(name, "text" if source == "wal" else "json")
         quick = safe if source == "wal" else strict_decoder(name)
         if quick is None or safe is None:
@@ -126,6 +129,7 @@ def shape_of(tables: Sequence[Table], columns: tuple[Column, ...], source: RawSo
     nan = [info for info in known if may_hide_nan(info)]
     return Shape(
         names=frozenset(infos),
+        types=types,
         strict=strict,
         total=total,
         casts=casts,

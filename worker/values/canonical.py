@@ -110,13 +110,18 @@ def _of_json(type_name: str) -> Canonicalizer:
 
 def from_canonical(text: str, type_name: str) -> Value:
     """Give the Python value of a canonical text, or the text itself for types that Python does not read."""
-    if type_name in {"_json", "_jsonb"}:
-        return from_canonical(text, "jsonb")
-    parser = _from_interval if type_name == "interval" else text_parser(type_name)
+    parser = _reader(type_name)
     try:
         return text if parser is None else parser(text)
     except UNREADABLE:
         return text
+
+
+@functools.cache
+def _reader(type_name: str) -> Callable[[str], Value] | None:
+    if type_name in {"_json", "_jsonb"}:
+        return text_parser("jsonb")
+    return _from_interval if type_name == "interval" else text_parser(type_name)
 
 
 def _from_interval(text: str) -> dt.timedelta:

@@ -8,9 +8,9 @@ what the type does not explain is given as it was written. Types without a decod
 
 import datetime as dt
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from typing import Final, Literal
+from typing import Any, Final, Literal
 from uuid import UUID
 
 import msgspec
@@ -27,10 +27,12 @@ from worker.values.scalars import (
     parse_bytea,
     parse_float4,
     parse_json,
+    parse_timestamptz,
 )
 
 Form = Literal["json", "text"]
 Decoder = Callable[[bytes], Value]
+RowDecoder = Callable[[bytes], dict[str, Value]]
 
 # Everything by which a decoder may refuse a value that its type does not explain. RecursionError: json nested
 # deeper than Python reads.
@@ -137,6 +139,65 @@ def _as_written(parser: Parser | None, raw: bytes) -> Value:
         return text
 
 
+def row_decoder(types: Mapping[str, str], *, whole: bool) -> RowDecoder | None:
+    """Give a function that reads all values of a row (a JSON object) in one go; None where that cannot be.
+
+    It raises UNREADABLE where one of the columns' strict decoders does, or for a column that it does not
+    know, and otherwise gives what those give.
+
+    Args:
+        types: for each column the name of its type, as for `strict_decoder`.
+        whole: it also raises where a column is not there; otherwise that one is left out.
+    """
+    forms: list[tuple[str, Callable[[Any], Value]]] = []
+    fields: list[Any] = []
+    for number, (name, type_name) in enumerate(types.items()):
+        known = _FIELDS.get(type_name)
+        if known is None and (strict := strict_decoder(type_name)) is not None:
+            known = (msgspec.Raw, strict)
+        if known is None:
+            return None
+        kind, form = known
+        fields.append((f"c{number}", kind) if whole else (f"c{number}", kind, msgspec.UNSET))
+        if form is not None:
+            forms.append((name, form))
+    called = {f"c{number}": name for number, name in enumerate(types)}
+    try:
+        row = msgspec.defstruct("Row", fields, rename=called, forbid_unknown_fields=True, gc=False)
+    except ValueError:
+        return None  # msgspec takes no name that JSON writes in another way
+    read = msgspec.json.Decoder(row).decode
+    return functools.partial(_read_row, read, tuple(types), tuple(forms), whole)
+
+
+def _read_row(
+    read: Callable[[bytes], msgspec.Struct],
+    names: Sequence[str],
+    forms: Sequence[tuple[str, Callable[[Any], Value]]],
+    whole: bool,  # noqa: FBT001 - given once, by position
+    raw: bytes,
+) -> dict[str, Value]:
+    row = dict(zip(names, msgspec.structs.astuple(read(raw)), strict=True))
+    if not whole:
+        row = {name: value for name, value in row.items() if value is not msgspec.UNSET}
+    for name, form in forms:
+        if name in row:
+            row[name] = form(row[name])
+    return row
+
+
+def quick_text(type_name: str) -> Decoder | None:
+    """Give the fast decoder of the text form; it raises UNREADABLE where `decoder` gives another value."""
+    if type_name in _QUICK_TEXT:
+        return _QUICK_TEXT[type_name]
+    parser = text_parser(type_name)
+    return None if parser is None else functools.partial(_parse_bytes, parser)
+
+
+def _parse_bytes(parser: Parser, raw: bytes) -> Value:
+    return parser(str(raw, "utf-8"))
+
+
 def written_value(raw: bytes) -> Value:
     """Give a json value of a type that nothing explains: strings as str, anything else parsed."""
     return None if bytes(raw) == b"null" else _as_written(None if bytes(raw)[:1] != b'"' else str, raw)
@@ -148,7 +209,10 @@ def _parse_string(parser: Parser, raw: bytes) -> Value:
 
 
 def _decode_float4(raw: bytes) -> float | None:
-    value = _float_or_null(raw)
+    return _single(_float_or_null(raw))
+
+
+def _single(value: float | None) -> float | None:
     return None if value is None else parse_float4(repr(value))
 
 
@@ -158,11 +222,24 @@ def _decode_bytea(raw: bytes) -> bytes | None:
 
 
 def _decode_timestamptz(raw: bytes) -> dt.datetime | None:
-    moment: dt.datetime | None = _moment_or_null(raw)
+    return _in_utc(_moment_or_null(raw))
+
+
+def _in_utc(moment: dt.datetime | None) -> dt.datetime | None:
     # Realtime renders in the time zone that the database sets; UTC is what asyncpg gives.
     if moment is None or moment.tzinfo is dt.UTC or moment.tzinfo is None:
         return moment
     return moment.astimezone(dt.UTC)
+
+
+def _text_in_utc(raw: bytes) -> Value:
+    text = raw.decode()
+    moment = dt.datetime.fromisoformat(text)
+    return moment if moment.tzinfo is dt.UTC else parse_timestamptz(text)
+
+
+def _text_moment(raw: bytes) -> dt.datetime:
+    return dt.datetime.fromisoformat(raw.decode())
 
 
 def _parse_any(raw: bytes) -> Value:
@@ -186,4 +263,28 @@ _STRICT: Final[dict[str, Decoder]] = {
     "timestamptz": _decode_timestamptz,
     "time": msgspec.json.Decoder(dt.time | None).decode,
     "timetz": msgspec.json.Decoder(dt.time | None).decode,
+}
+
+# The types that msgspec reads as they are, or nearly: then what makes the value of what it read.
+_FIELDS: Final[dict[str, tuple[Any, Callable[[Any], Value] | None]]] = {
+    **dict.fromkeys(("int2", "int4", "int8"), (int | None, None)),
+    **dict.fromkeys(TEXTS, (str | None, None)),
+    "float8": (float | None, None),
+    "float4": (float | None, _single),
+    "numeric": (Decimal | None, None),
+    "bool": (bool | None, None),
+    "uuid": (UUID | None, None),
+    "date": (dt.date | None, None),
+    "timestamp": (dt.datetime | None, None),
+    "timestamptz": (dt.datetime | None, _in_utc),
+    "time": (dt.time | None, None),
+    "timetz": (dt.time | None, None),
+}
+_QUICK_TEXT: Final[dict[str, Decoder]] = {
+    **dict.fromkeys(INTEGERS, int),
+    **dict.fromkeys(TEXTS, bytes.decode),
+    "float8": float,
+    "numeric": msgspec.json.Decoder(Decimal).decode,  # NaN and infinities are refused
+    "timestamp": _text_moment,
+    "timestamptz": _text_in_utc,
 }
