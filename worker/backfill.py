@@ -216,7 +216,8 @@ class Backfills:
 
     async def _rows(self, handler: Handler, asked: _Asked, table: Table, columns: Sequence[str]) -> int:
         primary = table.primary_key
-        order = ", ".join(quote(name) for name in primary)
+        # By the columns, not by what is selected under their names: as texts, 10 comes before 9.
+        order = ", ".join(f"{table.sql_name}.{quote(name)}" for name in primary)
         marks = ", ".join(
             f"cast(cast(:k{n} as text) as {table.columns[name].sql_cast})" for n, name in enumerate(primary)
         )

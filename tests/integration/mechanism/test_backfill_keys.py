@@ -11,6 +11,7 @@ from tests.integration.mechanism.bench import Bench
 from worker import Handlers
 from worker.backfill import Backfills
 from worker.catalogue import read_catalogue
+from worker.kept_keys import PAGE
 from worker.registry import Handler
 from worker.values import canonicalizer
 
@@ -27,6 +28,26 @@ insert into places values (
 );
 insert into derived_places select %(name)s from places;
 """
+
+
+async def backfilled(at: Bench, on: Handlers) -> list[bytes]:
+    """Backfill the table for the handler `one`; returns the lane keys that it was given."""
+    async with at.engine.connect() as connection:
+        catalogue = await read_catalogue(connection, "supabase_realtime", [("public", "places")])
+    given: list[bytes] = []
+
+    async def put(handler: Handler, keys: Sequence[bytes]) -> None:
+        given.extend(keys)
+
+    async def until_passed(handler: Handler) -> None:
+        """Everything is applied at once here."""
+
+    await at.db.execute(
+        "insert into tailrace.handlers (name, kind, tables) values ('one', 'derive', '{public.places}');"
+        "insert into tailrace.backfills (handler, schema_name, table_name) values ('one', 'public', 'places')"
+    )
+    assert await Backfills(at.engine, on.handlers(), catalogue, put, until_passed, form="text").once()
+    return given
 
 
 @pytest.mark.parametrize(
@@ -53,21 +74,34 @@ async def test_rows_and_kept_keys_have_the_keys_of_the_log(at: Bench, name: str,
     await at.db.execute("set datestyle = 'ISO, MDY'; set timezone = 'UTC'")
     printed = await at.db.fetchval(f"select format('%s', {name}) from places")
     wanted = canonicalizer(value_type, "text")(printed.encode())
-    given: list[bytes] = []
-
-    async def put(handler: Handler, keys: Sequence[bytes]) -> None:
-        given.extend(keys)
-
-    async def until_passed(handler: Handler) -> None:
-        """Everything is applied at once here."""
-
-    handlers = on.handlers()
-    await at.db.execute(
-        "insert into tailrace.handlers (name, kind, tables) values ('one', 'derive', '{public.places}');"
-        "insert into tailrace.backfills (handler, schema_name, table_name) values ('one', 'public', 'places')"
-    )
-    backfills = Backfills(at.engine, handlers, catalogue, put, until_passed, form="text")
-    assert await backfills.once()
+    given = await backfilled(at, on)
     assert len(given) == 2
     assert len(set(given)) == 1
     assert json.loads(given[0]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [
+        # As texts they stand in another order: 10 before 9, -1 before -2, a before B.
+        ("bigint", "n * 7 - 9000"),
+        ("numeric", "n / 3.0"),
+        ("timestamptz", "timestamptz '2000-01-01' + n * interval '1 week'"),
+        ("text", "case n % 2 when 0 then 'a' else 'B' end || n"),
+    ],
+)
+async def test_no_row_is_left_out_whatever_the_order_of_the_keys_as_texts(
+    at: Bench, kind: str, made: str
+) -> None:
+    rows = 3 * PAGE + 1
+    await at.db.execute(f"create table places (id {kind} primary key)")
+    await at.db.execute(f"insert into places select {made} from generate_series(1, {rows}) n")
+    on = Handlers()
+
+    @on.derive("places", by="id", name="one")
+    async def one(keys: list[object], session: AsyncSession) -> None:
+        """Nothing is computed here."""
+
+    given = await backfilled(at, on)
+    assert (len(given), len(set(given))) == (rows, rows)
+    assert await at.db.fetchval("select rows from tailrace.backfills") == rows
