@@ -127,7 +127,8 @@ class Caller:
         if self.handler.kind == "change":
             changes = [argument] if isinstance(argument, Change) else argument
             positions = [change.position for change in cast("list[Change]", changes)]
-        with traces.handling(self.handler.name, positions):
+        items = len(argument) if isinstance(argument, list) else 1
+        with traces.handling(self.handler.name, positions, items):
             await self._call(session, argument, idempotency_key)
 
     async def _call(self, session: AsyncSession, argument: object, idempotency_key: str | None) -> None:

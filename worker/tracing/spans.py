@@ -105,7 +105,7 @@ class Traces:
 
     def wants(self, position: Position) -> bool:
         """Tell whether a change is traced."""
-        return self._choice.ids(position) is not None
+        return self._choice.takes(position)
 
     def trace_id(self, position: Position) -> str | None:
         """Name the trace of a change, for a line of the log."""
@@ -150,14 +150,20 @@ class Traces:
     # Worker
 
     @contextmanager
-    def handling(self, handler: str, positions: Sequence[Position]) -> Iterator[None]:
-        """Be the span of a call, if one of its changes is traced; spans of the handler are within it."""
+    def handling(self, handler: str, positions: Sequence[Position], items: int) -> Iterator[None]:
+        """Be the span of a call, if one of its changes is traced; spans of the handler are within it.
+
+        Args:
+            handler: which is called.
+            positions: of the changes that it is called for.
+            items: keys, or changes, that it is given.
+        """
         found = [ids for position in positions if (ids := self._choice.ids(position)) is not None]
         if not found:
             yield
             return
         links = [Link(_context(ids)) for ids in found[1:]]
-        told = {"tailrace.handler": handler, "tailrace.changes": len(positions)}
+        told = {"tailrace.handler": handler, "tailrace.items": items}
         name, began = f"handle {handler}", time.time_ns()
         span = self._tracer.start_span(name, _within(found[0]), SpanKind.CONSUMER, told, links, began)
         status = Status(StatusCode.UNSET)
