@@ -28,6 +28,8 @@ from worker.pooling import Pooling, pooling_of
 
 log = structlog.get_logger(__name__)
 
+DATABASE_ERRORS = (DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+"""What a database may raise. Why it refuses a connection, SQLAlchemy hands on as the driver says it."""
 PING_AFTER_SECONDS = 10.0
 """A connection that has rested so long is asked whether it lives; before each use it would cost too much."""
 
@@ -321,7 +323,7 @@ async def _why_not(engine: AsyncEngine) -> str | None:
         async with engine.connect() as connection:
             found = await connection.execute(text("select max(version_num) from tailrace.migration"))
             revision = found.scalar_one()
-    except (DBAPIError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+    except DATABASE_ERRORS as error:  # TimeoutError is an OSError
         return explain(error)
     # A newer revision is an upgrade under way: the new version keeps what the old one needs.
     if revision is None or revision < HEAD:

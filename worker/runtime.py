@@ -17,14 +17,13 @@ import structlog
 import uvloop
 from redis.asyncio import Redis
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from config.logging import configure_logging
 from config.settings import Settings
 from config.supervisor import read_supervisor
 from worker import delivery, loader, telemetry
-from worker.database import explain, is_away, make_engine, wait_until_up
+from worker.database import DATABASE_ERRORS, explain, make_engine, wait_until_up
 from worker.delivery import UNPROTECTED
 from worker.draining.workshop import load_handlers
 from worker.errors import ConfigurationError
@@ -291,9 +290,7 @@ def migrate(settings: Settings, sql: bool = False) -> int:  # noqa: FBT001, FBT0
         return 0
     try:
         return asyncio.run(_migrate(settings))
-    except (DBAPIError, OSError) as error:
-        if not is_away(error) and not isinstance(error, DBAPIError):
-            raise
+    except DATABASE_ERRORS as error:
         raise ConfigurationError([f"{explain(error)}: nothing was migrated"]) from error
 
 

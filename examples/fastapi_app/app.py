@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 
 from config.settings import Settings, load_settings
 from examples.fastapi_app import errors
@@ -16,6 +15,7 @@ from examples.fastapi_app.posts import posts
 from examples.fastapi_app.services import Here, Services
 from examples.fastapi_app.settings import ApiSettings
 from examples.fastapi_app.stats import stats
+from worker.database import DATABASE_ERRORS
 
 
 def create_app(settings: Settings | None = None, api: ApiSettings | None = None) -> FastAPI:
@@ -54,7 +54,7 @@ async def health(here: Here, response: Response) -> dict[str, bool]:
         async with here.engine.connect() as connection:
             await connection.execute(text("select 1"))
         database = True
-    except (DBAPIError, OSError):
+    except DATABASE_ERRORS:
         database = False
     response.status_code = 200 if database else 503
     return {"database": database, "feed": here.feed.connected}

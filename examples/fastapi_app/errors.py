@@ -4,10 +4,9 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
-from worker.database import explain, is_away, sqlstate_of
+from worker.database import DATABASE_ERRORS, explain, is_away, sqlstate_of
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +72,6 @@ def install(app: FastAPI) -> None:
     """Have an application answer so."""
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
-    for kind in (DBAPIError, OSError):
+    for kind in DATABASE_ERRORS:
         app.add_exception_handler(kind, _database)
     app.add_exception_handler(Exception, _unexpected)

@@ -21,7 +21,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.integration.wal.pooler import pooled
-from tests.stack import Servers
+from tests.stack import Servers, project
 from worker.database import explain, make_engine
 from worker.errors import ConfigurationError
 from worker.pooling import Pooling, pooling_of
@@ -122,6 +122,16 @@ async def failure(url: str) -> str:
 async def test_a_refusal_is_explained(state: str, message: str, said: str) -> None:
     async with refusing(state, message) as (port, _):
         assert said in await failure(f"postgresql://u:{PASSWORD}@127.0.0.1:{port}/x?sslmode=disable")
+
+
+async def test_commands_tell_of_a_wrong_password_in_one_line(shared: Servers) -> None:
+    async with project(shared, "create table orders (id bigint primary key)", "handlers") as made:
+        url = shared.postgres.dsn(password=PASSWORD)
+        for command in ("migrate", "models", "run"):
+            code, output = await made.run(command, DATABASE_URL=url)
+            assert code == 2
+            (line,) = output.splitlines()
+            assert "Postgres refuses the user or password of DATABASE_URL" in line
 
 
 async def test_tls_is_verified_as_the_url_demands(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ import importlib.util
 from pathlib import Path
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
 
 from config.settings import Settings
-from worker.database import explain, is_away, make_engine
+from worker.database import DATABASE_ERRORS, explain, make_engine
 from worker.errors import ConfigurationError
 from worker.models import Wanted, differences, reflect
 
@@ -26,9 +25,7 @@ def models_text(settings: Settings, wanted: Wanted, command: str) -> str:
         raise ConfigurationError(["models are written by sqlacodegen: pip install 'tailrace[models]'"])
     try:
         return asyncio.run(_text(settings, wanted, command))
-    except (DBAPIError, OSError) as error:
-        if not is_away(error) and not isinstance(error, DBAPIError):
-            raise
+    except DATABASE_ERRORS as error:
         raise ConfigurationError([f"{explain(error)}: no model was written"]) from error
 
 
