@@ -9,8 +9,8 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, NamedTuple, NoReturn
 
 import asyncpg
 import structlog
@@ -50,7 +50,7 @@ def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
     address, connect = connection_of(url, name)
     engine = create_async_engine(
         address,
-        connect_args=connect,
+        connect_args=connect | {"connection_class": _Connection},
         pool_size=size,
         max_overflow=0,
         pool_recycle=1800,
@@ -62,6 +62,37 @@ def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
     _suit_the_pooler(engine)
     _ping_the_rested(engine)
     return engine
+
+
+class _Connection(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no types
+    """A connection that asks no catalogue for what another one of this process has learnt of built-in types.
+
+    asyncpg knows none of the arrays. It would ask for each of them, on each connection and with a query that
+    takes ten milliseconds, when a statement first uses it: most of what a new pool costs.
+    """
+
+    __slots__ = ()
+
+    async def _introspect_types(self, typeoids: Collection[int], timeout: float | None) -> tuple[Any, Any]:  # noqa: ASYNC109 - asyncpg's signature
+        wanted = frozenset(typeoids)
+        if (rows := _BUILT_IN_TYPES.get(wanted)) is not None:
+            return rows, _NOT_ASKED
+        rows, statement = await super()._introspect_types(typeoids, timeout)
+        if max((row["oid"] for row in rows), default=_FIRST_OID_OF_A_DATABASE) < _FIRST_OID_OF_A_DATABASE:
+            _BUILT_IN_TYPES[wanted] = rows
+        return rows, statement
+
+
+class _NotAsked(NamedTuple):
+    """Stands for the statement that was not needed."""
+
+    name: str
+
+
+_NOT_ASKED = _NotAsked("none")
+_BUILT_IN_TYPES: dict[frozenset[int], Any] = {}
+_FIRST_OID_OF_A_DATABASE = 10_000
+"""Below it a number means the same type in every Postgres."""
 
 
 def _send_savepoints_plainly(engine: AsyncEngine) -> None:

@@ -206,3 +206,17 @@ async def test_a_server_that_goes_before_the_commit_is_away(engine: AsyncEngine)
         await work()
     assert is_away(caught.value)
     assert await count(engine) == 0
+
+
+async def test_built_in_types_are_asked_for_once_in_a_process(engine: AsyncEngine) -> None:
+    asked = (
+        "select count(*) from pg_prepared_statements"
+        " where statement like '%typeinfo_tree%' and statement not like '%pg_prepared_statements%'"
+    )
+    given = text("select cast(:ranges as int8range[]) = cast(:ranges as int8range[])")
+    found = []
+    async with engine.connect() as first, engine.connect() as second:
+        for connection in (first, second):
+            assert (await connection.execute(given, {"ranges": [asyncpg.Range(1, 2)]})).scalar_one()
+            found.append((await connection.execute(text(asked))).scalar_one())
+    assert found == [1, 0]
