@@ -23,6 +23,7 @@ KINDS: Final = {
     "single": "change handler, one at a time",
     "batch": "change handler, batch=500",
     "derive": "derive handler",
+    "blind": "change handler, batch=500, the error does not tell",
 }
 ATTEMPTS: Final = 3
 _SETTINGS: Final = {"WORKER_MAX_ATTEMPTS": str(ATTEMPTS), "WORKER_BACKOFF_SECONDS": "0.1"}

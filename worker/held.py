@@ -6,7 +6,7 @@ another has none, until it is the first of one of its keys (see `promote`). How 
 in retries.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import text
@@ -101,15 +101,20 @@ _FAILED = text(
     " first_failed_at = coalesce(first_failed_at, clock_timestamp()) where id = :id"
 )
 _ABSORB = text(
-    "update tailrace.held set changes = changes + :changes where id = (select min(id) from tailrace.held"
-    " where handler = :handler and waits and keys @> array[cast(:key as text)])"
+    "with first as (select k as key, min(h.id) as id from tailrace.held h, unnest(h.keys) k"
+    "  where h.handler = :handler and h.waits and h.keys && cast(:keys as text[])"
+    "  and k = any(cast(:keys as text[])) group by k)"
+    " update tailrace.held h set changes = h.changes + given.changes"
+    " from unnest(cast(:keys as text[]), cast(:changes as integer[])) given (key, changes)"
+    " join first using (key) where h.id = first.id"
 )
-_DELETE = text("delete from tailrace.held where id = :id")
+_DELETE = text("delete from tailrace.held where id = any(cast(:ids as bigint[]))")
 _PROMOTE = text(
     "update tailrace.held set next_attempt_at = clock_timestamp()"
     " where status = 'retrying' and next_attempt_at is null and id in ("
-    "  select (select min(h.id) from tailrace.held h where h.handler = :handler and h.waits"
-    "   and h.keys @> array[k]) from unnest(cast(:keys as text[])) k"
+    # By what the keys have, never in the order of ids: most that waits may be of other keys.
+    "  select min(h.id) from tailrace.held h, unnest(h.keys) k where h.handler = :handler and h.waits"
+    "   and h.keys && cast(:keys as text[]) and k = any(cast(:keys as text[])) group by k"
     # The first of all may be one without keys. Where such a one has gone, the first of each key is free.
     "  union all select min(id) from tailrace.held where handler = :handler and waits"
     "  union all select min(h.id) from tailrace.held h, unnest(h.keys) k"
@@ -226,22 +231,26 @@ def _told(failure: Failure) -> dict[str, Any]:
     }
 
 
-async def absorb(session: AsyncSession, handler: str, key: bytes, changes: int) -> None:
-    """Let a held derive key stand for further changes: its retry computes from what is there then."""
-    connection = await session.connection()
-    await connection.execute(_ABSORB, {"handler": handler, "key": key.decode(), "changes": changes})
+async def absorb(session: AsyncSession, handler: str, counts: Mapping[bytes, int]) -> None:
+    """Let held derive keys stand for further changes: their retries compute from what is there then."""
+    if counts:
+        connection = await session.connection()
+        keys, changes = [key.decode() for key in counts], list(counts.values())
+        await connection.execute(_ABSORB, {"handler": handler, "keys": keys, "changes": changes})
 
 
-async def failed_again(session: AsyncSession, row: HeldRow, failure: Failure) -> None:
-    """Note that a retry failed."""
-    connection = await session.connection()
-    await connection.execute(_FAILED, {"id": row.id} | _told(failure))
+async def failed_again(session: AsyncSession, failed: Sequence[tuple[HeldRow, Failure]]) -> None:
+    """Note that retries failed."""
+    if failed:
+        connection = await session.connection()
+        await connection.execute(_FAILED, [{"id": row.id} | _told(failure) for row, failure in failed])
 
 
-async def let_go(session: AsyncSession, row: HeldRow) -> None:
-    """Forget a held change: it is applied."""
-    connection = await session.connection()
-    await connection.execute(_DELETE, {"id": row.id})
+async def let_go(session: AsyncSession, rows: Sequence[HeldRow]) -> None:
+    """Forget held changes: they are applied."""
+    if rows:
+        connection = await session.connection()
+        await connection.execute(_DELETE, {"ids": [row.id for row in rows]})
 
 
 async def promote(session: AsyncSession, handler: str, keys: Sequence[bytes]) -> set[int]:

@@ -23,9 +23,10 @@ _INSERT = text(
 _INSERT_KEYS = text(
     "with given as ("
     "  select key, changes from unnest(cast(:keys as text[]), cast(:changes as integer[])) g (key, changes)),"
-    " first as ("
-    "  select key, changes, (select min(h.id) from tailrace.held h where h.handler = :handler"
-    "   and h.waits and h.keys @> array[key]) as id from given),"
+    " known as (select k as key, min(h.id) as id from tailrace.held h, unnest(h.keys) k"
+    "  where h.handler = :handler and h.waits and h.keys && cast(:keys as text[])"
+    "  and k = any(cast(:keys as text[])) group by k),"
+    " first as (select key, changes, id from given left join known using (key)),"
     " absorbed as ("
     "  update tailrace.held h set changes = h.changes + first.changes from first where h.id = first.id)"
     " insert into tailrace.held (handler, lanes, keys, lsn, ordinal, source, payload, changes, status)"

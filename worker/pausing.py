@@ -176,7 +176,7 @@ async def resume_key(engine: AsyncEngine, operator: Operator, handler: str, key:
         if (await _handler(connection, handler)).kind == "derive":
             # It stood for what came meanwhile: also for a backfill, which counts no changes.
             if (await held.held_keys(session, handler, [key])).keys:
-                await held.absorb(session, handler, key, mark.changes)
+                await held.absorb(session, handler, {key: mark.changes})
             else:
                 at = Position(mark.lsn, mark.ordinal)
                 kept = Kept((lane,), (key,), at, "key", b"", mark.changes)

@@ -8,7 +8,7 @@ import enum
 import random
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Literal, NamedTuple
 
@@ -205,6 +205,18 @@ def _from_handler(error: BaseException) -> TracebackType | None:
     return found or error.__traceback__
 
 
+def _told(error: BaseException) -> Iterator[str]:
+    """Format the traceback as Python does, but for the carets: to place them it parses each line anew."""
+    told = traceback.TracebackException(type(error), error, _from_handler(error), compact=True)
+    ahead: list[traceback.TracebackException | None] = [told]
+    for one in ahead:
+        if one is not None:
+            for frame in one.stack:
+                frame.colno = frame.end_colno = None
+            ahead += [one.__cause__, one.__context__, *(one.exceptions or ())]
+    return told.format()
+
+
 def blames_nobody(error: BaseException) -> bool:
     """Tell whether the whole lane waits, and no attempt is used up."""
     return _rule(error).answer is Answer.LANE_WAITS
@@ -235,6 +247,6 @@ def classify(error: BaseException, attempts: int, policy: Policy) -> Failure | N
         delay = None
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    text = "".join(traceback.format_exception(type(error), error, _from_handler(error)))
+    text = "".join(_told(error))
     counts, halts = rule.answer is not Answer.LATER, policy.halts and delay is None
     return Failure(name, str(error)[:MOST_TEXT], text[-MOST_TEXT:], delay, rule.hint, counts, halts)

@@ -12,7 +12,8 @@ import structlog
 
 from worker import held, parked, positions
 from worker.change import Change, Position
-from worker.draining.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome
+from worker.draining.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome, Traits
+from worker.draining.hints import Odds
 from worker.draining.items import Decoder, Item, KeyItem
 from worker.draining.notes import verdict
 from worker.draining.passes import Turn
@@ -27,11 +28,21 @@ log = structlog.get_logger(__name__)
 RETRY_SECONDS = 2.0
 """After so long spent on held changes a pass goes on to fresh ones; the rest is due in the next pass."""
 
+ALLOWED_SECONDS = 0.25
+"""After so long a pass asks again, where no more retries were allowed for now."""
+
 MOST_AT_ONCE = 1_000
 """Changes, or keys, in one call: a TRUNCATE may concern more than one call can do within its time."""
 
 ItemT = TypeVar("ItemT")
 Call = Callable[[Sequence[ItemT]], Awaitable[None]]
+
+
+_OF_KEYS = Traits[KeyItem](lambda item: (item.key,), lambda item: item.key, lambda item: item.value)
+_OF_CHANGES = Traits[Item](
+    lambda item: item.read.entry.keys, lambda item: item.read.position, lambda item: item.change
+)
+_OF_ROW = Traits[HeldRow](lambda _: (), lambda row: ("held", row.id), lambda row: row)
 
 
 class _Verdict(NamedTuple):
@@ -50,6 +61,7 @@ class Applying:
         self._caller = caller
         self.decoder = decoder
         self.policy = caller.policy
+        self._odds = Odds()
         self._allowance = Allowance(caller.policy.retries_per_second)
 
     # Fresh changes
@@ -94,8 +106,7 @@ class Applying:
     async def _keys(self, turn: Turn, batch: Sequence[Read], blocked: set[bytes]) -> None:
         """Call a derive handler with each key once, however many changes lie behind it."""
         counts, waiting = count(batch, blocked)
-        for key, changes in waiting.items():
-            await held.absorb(turn.session, self.handler.name, key, changes)
+        await held.absorb(turn.session, self.handler.name, waiting)
         verdicts: list[tuple[KeyItem, Failure | None]] = []
         items = self._typed(turn, counts, verdicts)
         if not turn.careful:
@@ -103,9 +114,7 @@ class Applying:
             turn.progress.applied += sum(counts.values())
             _tell_of(turn, batch, waiting)
             return
-        outcome = await self.apart(
-            turn, self.keys_call(turn), items, lambda item: (item.key,), lambda item: item.key
-        )
+        outcome = await self.apart(turn, self.keys_call(turn), items, _OF_KEYS)
         turn.progress.applied += sum(item.changes for item in outcome.applied)
         verdicts += outcome.failed
         verdicts += [(item, None) for item in outcome.untried]
@@ -156,8 +165,7 @@ class Applying:
                 turn,
                 self.changes_call(turn),
                 items,
-                lambda item: item.read.entry.keys,
-                lambda item: item.read.position,
+                _OF_CHANGES,
             )
             applied = outcome.applied
             verdicts += [_Verdict(item.read, failure) for item, failure in outcome.failed]
@@ -259,23 +267,24 @@ class Applying:
         turn: Turn,
         call: Call[ItemT],
         items: Sequence[ItemT],
-        keys: Callable[[ItemT], Iterable[bytes]],
-        identity: Callable[[ItemT], object],
+        traits: Traits[ItemT],
     ) -> Outcome[ItemT]:
         """Call with savepoints, so that only the guilty wait."""
         isolation: Isolation[ItemT] = Isolation(
             turn.session,
             call=call,
-            keys=keys,
+            traits=traits,
             judge=lambda _, error: self.judge(error),
-            identity=identity,
             spoilers=turn.spoilers,
             together=turn.together,
             singly=not self.handler.wants_list,
+            odds=self._odds,
         )
         size = self.handler.batch or MOST_AT_ONCE
         for start in range(0, len(items), size):
-            await isolation.apply(items[start : start + size])
+            failed = len(isolation.outcome.failed)
+            await isolation.apply(batch := items[start : start + size])
+            self._odds.count(len(batch), len(isolation.outcome.failed) - failed)
         return isolation.outcome
 
     def tell(self, turn: Turn, failure: Failure, position: Position) -> None:
@@ -318,45 +327,71 @@ class Applying:
                 await parked.again(turn.session, [row.id for row in back])
                 turn.progress.parked[turn.lane.number] += len(back)
                 more = True
-            for row in rows:
-                if seen and time.monotonic() > until:
-                    return True
-                if (row.attempts > 0 or row.redriven) and not self._allowance.take():
-                    return False  # it stays due: the sweep comes back
-                seen.append(row.id)
-                if await self._again(turn, row):
-                    return True
+            ended, retried = await self._retried(turn, rows, until)
+            await self._note(turn, retried)
+            if ended is not None:
+                return ended
+            seen += [row.id for row in rows]
             more = more or turn.lane.number in turn.progress.wake  # the next of a key is due now
         return False
 
-    async def _again(self, turn: Turn, row: HeldRow) -> bool:
-        """Call again for one held change; True where the pass had better end with it."""
-        kept, session = row.kept, turn.session
-        turn.progress.retried = True
-        others = kept.lanes[1:]
-        lock = positions.lock_others if kept.keys else positions.wait_for_others
-        if others and len(await lock(session, self.handler.name, others)) < len(others):
-            return False  # one of its lanes is being drained just now: it stays due
-        spoiler = turn.spoilers.get(("held", row.id))
-        failure = spoiler
-        if failure is None and turn.notes is not None:
-            failure = verdict(turn.notes.deaths_of_row(row.id), self.policy)
-        if failure is None:
-            if turn.notes is not None:
-                await turn.notes.begin_rows(row.id, row.id)
-            failure = await self._call_again(turn, row)
-        if failure is not None:
-            self.tell(turn, failure, kept.position)
-            await held.failed_again(session, row, failure)
-        else:
-            await held.let_go(session, row)
-            turn.progress.applied += kept.changes
-            turn.progress.done.append(Applied(kept.keys, kept.position))
-        turn.progress.tell("applied" if failure is None else fate_of(failure), (kept.position,))
-        if failure is None or not failure.holds_back:
-            turn.holds(kept.lanes, -1)
-            await self.release(turn, kept.keys)
-        return spoiler is not None
+    async def _retried(
+        self, turn: Turn, rows: Sequence[HeldRow], until: float
+    ) -> tuple[bool | None, list[tuple[HeldRow, Failure | None]]]:
+        """Call again for held changes, no two of which have a key in common; return what became of them.
+
+        And whether the pass is to end with them: True where more may be due, None where it goes on.
+        """
+        done: list[tuple[HeldRow, Failure | None]] = []
+        for n, row in enumerate(rows):
+            if n and time.monotonic() > until:
+                return True, done
+            if (row.attempts > 0 or row.redriven) and not self._allowance.take():
+                # It stays due: for some at a time, not for each as soon as it may be called.
+                turn.progress.due_in = min(ALLOWED_SECONDS, turn.progress.due_in)
+                return False, done
+            if not await self._others_taken(turn, row):
+                continue  # one of its lanes is being drained just now: it stays due
+            failure = spoiler = turn.spoilers.get(("held", row.id))
+            if failure is None and turn.notes is not None:
+                failure = verdict(turn.notes.deaths_of_row(row.id), self.policy)
+            if failure is None:
+                if turn.notes is not None:
+                    await turn.notes.begin_rows(row.id, row.id)
+                failure = await self._call_again(turn, row)
+            done.append((row, failure))
+            if spoiler is not None:
+                return True, done
+        return None, done
+
+    async def _others_taken(self, turn: Turn, row: HeldRow) -> bool:
+        others = row.kept.lanes[1:]
+        lock = positions.lock_others if row.kept.keys else positions.wait_for_others
+        return not others or len(await lock(turn.session, self.handler.name, others)) == len(others)
+
+    async def _note(self, turn: Turn, retried: Sequence[tuple[HeldRow, Failure | None]]) -> None:
+        """Note what became of held changes that were called again, and let go on what waits behind them."""
+        if not retried:
+            return
+        progress, session = turn.progress, turn.session
+        progress.retried = True
+        failed = [(row, failure) for row, failure in retried if failure is not None]
+        applied = [row for row, failure in retried if failure is None]
+        for row, failure in failed:
+            self.tell(turn, failure, row.kept.position)
+        for row, outcome in retried:
+            progress.tell("applied" if outcome is None else fate_of(outcome), (row.kept.position,))
+        await held.failed_again(session, failed)
+        await held.let_go(session, applied)
+        progress.applied += sum(row.kept.changes for row in applied)
+        progress.done += [Applied(row.kept.keys, row.kept.position) for row in applied]
+        gone = applied + [row for row, failure in failed if not failure.holds_back]
+        for row in gone:
+            turn.holds(row.kept.lanes, -1)
+        if gone:
+            everything = any(not row.kept.keys for row in gone)
+            keys = {key for row in gone for key in row.kept.keys}
+            await self.release(turn, () if everything else sorted(keys))
 
     async def release(self, turn: Turn, keys: Sequence[bytes]) -> None:
         """Let what waited behind these keys go on: together, as far as nothing of it has failed itself."""
@@ -382,12 +417,12 @@ class Applying:
         isolation: Isolation[HeldRow] = Isolation(
             turn.session,
             call=call,
-            keys=lambda _: (),
+            traits=_OF_ROW,
             judge=lambda _, error: self.judge(error, row.attempts + 1),
-            identity=lambda _: ("held", row.id),
             spoilers={},
             together=False,
             singly=False,
+            odds=self._odds,
         )
         await isolation.apply([row])
         return isolation.outcome.failed[0][1] if isolation.outcome.failed else None

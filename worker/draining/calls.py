@@ -4,8 +4,8 @@ A call is first tried for the whole batch at once. Where that fails the batch is
 savepoints, so that only the guilty wait and the innocent are applied in the same transaction.
 """
 
-import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from worker.change import ROWS_OF_CALL, Change, Context, Position
 from worker.database import sqlstate_of
 from worker.draining.guard import Watch, guarded
+from worker.draining.hints import Odds, suspect
 from worker.errors import HandlerStuck, RedisLost
 from worker.forgetting import Table
 from worker.pulse import beat
@@ -191,11 +192,24 @@ class Outcome(Generic[Item]):
         self.blocked: set[bytes] = set()
 
 
+@dataclass(frozen=True)
+class Traits(Generic[Item]):
+    """What must be known of items that are called together."""
+
+    keys: Callable[[Item], Iterable[bytes]]
+    """Its lane keys."""
+    identity: Callable[[Item], object]
+    """Which tells it from all others."""
+    argument: Callable[[Item], object]
+    """What the handler is given of it."""
+
+
 class Isolation(Generic[Item]):
     """Applies a batch with savepoints, so that only the guilty fail.
 
     Where the items are called one by one, the guilty is known: those before it are applied again without it.
-    Where they are called together, what fails is halved until the guilty stands alone.
+    Where they are called together, the error may tell whom it is about: that one is called alone, and the
+    others without it. Else what fails is halved until the guilty stands alone.
     """
 
     def __init__(
@@ -203,21 +217,25 @@ class Isolation(Generic[Item]):
         session: AsyncSession,
         *,
         call: Callable[[Sequence[Item]], Awaitable[None]],
-        keys: Callable[[Item], Iterable[bytes]],
+        traits: Traits[Item],
         judge: Callable[[Item, BaseException], Failure | None],
-        identity: Callable[[Item], object],
         spoilers: Mapping[object, Failure],
         together: bool,
         singly: bool,
+        odds: Odds,
     ) -> None:
         self._session = session
         self._call = call
-        self._keys = keys
+        self._keys = traits.keys
         self._judge = judge
-        self._identity = identity
+        self._identity = traits.identity
         self._spoilers = spoilers
-        self._most = (SEGMENT if singly else sys.maxsize) if together else 1
+        self._odds = odds
+        self._together = together
         self._singly = singly
+        self._argument = traits.argument
+        self._suspects: set[object] = set()
+        """Called alone."""
         self._guilty: dict[object, Failure] = {}
         self._reached: int | None = None
         """Which item of the segment is being called; None where nobody knows."""
@@ -249,10 +267,13 @@ class Isolation(Generic[Item]):
         return self._spoilers.get(identity) or self._guilty.get(identity)
 
     def _segment(self, items: Sequence[Item]) -> Sequence[Item]:
-        for n, item in enumerate(items[: self._most]):
-            if self._known(item) is not None:
+        if self._identity(items[0]) in self._suspects:
+            return items[:1]
+        most = (SEGMENT if self._singly else self._odds.segment(len(items))) if self._together else 1
+        for n, item in enumerate(items[:most]):
+            if self._known(item) is not None or self._identity(item) in self._suspects:
                 return items[:n]
-        return items[: self._most]
+        return items[:most]
 
     async def _try(self, items: Sequence[Item]) -> Sequence[Item]:
         """Apply items in one savepoint; return those that are to be tried again."""
@@ -262,6 +283,8 @@ class Isolation(Generic[Item]):
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is judged
             return await self._after_failure(items, error)
         self.outcome.applied += items
+        if self._identity(items[0]) in self._suspects:
+            self._odds.suspected(rightly=False)
         return ()
 
     def _holds_back(self, item: Item) -> bool:
@@ -287,13 +310,15 @@ class Isolation(Generic[Item]):
 
     async def _after_failure(self, items: Sequence[Item], error: Exception) -> Sequence[Item]:
         # An earlier call may have swallowed the error that made the transaction useless for this one.
-        reached = None if sqlstate_of(error) == _IN_FAILED_TRANSACTION else self._reached
+        swallowed = sqlstate_of(error) == _IN_FAILED_TRANSACTION
+        reached = None if swallowed else self._reached
         reached = 0 if len(items) == 1 else reached
         if blames_nobody(error):
             raise LaneBlockedError from error
         guilty = None if reached is None else items[reached]
         if guilty is None and await self._usable():
-            return await self._halve(items)
+            index = None if swallowed else self._suspect(items, error)
+            return await self._halve(items) if index is None else self._set_aside(items, index)
         # A traceback costs more than a call: it is made where it is kept.
         failure = self._judge(items[reached or 0], error)
         if failure is None:
@@ -301,8 +326,29 @@ class Isolation(Generic[Item]):
         if not await self._usable():
             spoiler = None if guilty is None else self._identity(guilty)
             raise TransactionSpoiltError(spoiler, failure) from error
-        self._guilty[self._identity(items[reached or 0])] = failure
+        self._guilty[identity := self._identity(items[reached or 0])] = failure
+        if identity in self._suspects:
+            self._odds.suspected(rightly=True)
         return items
+
+    def _suspect(self, items: Sequence[Item], error: Exception) -> int | None:
+        if self._singly or not self._odds.tells:
+            return None
+        index = suspect(error, [self._argument(item) for item in items])
+        return None if index is None or self._identity(items[index]) in self._suspects else index
+
+    def _set_aside(self, items: Sequence[Item], index: int) -> Sequence[Item]:
+        """Put the one that an error is about behind the others, with what comes after it of its keys."""
+        self._suspects.add(self._identity(items[index]))
+        others, aside = list(items[:index]), [items[index]]
+        keys = set(self._keys(items[index]))
+        for item in items[index + 1 :]:
+            if keys.isdisjoint(own := set(self._keys(item))):
+                others.append(item)
+            else:
+                keys |= own
+                aside.append(item)
+        return others + aside
 
     async def _halve(self, items: Sequence[Item]) -> Sequence[Item]:
         """Apply items that have failed together up to where one is found guilty; return what comes after."""

@@ -44,6 +44,8 @@ MOST_PATIENCE_SECONDS = 0.64
 AWAY_SECONDS = 1.0
 NEWER_SECONDS = 10.0
 """How long a lane that only a newer version can read is left to other workers."""
+GATHER_SECONDS = 0.05
+"""So much later than it is due is a change retried, together with those that are due by then."""
 
 Enqueue = Callable[[Lane], Awaitable[None]]
 
@@ -229,7 +231,7 @@ class Draining:
         if progress.latest_at:
             self.lag_seconds = max(0.0, time.time() - progress.latest_at)
         if progress.due_in < LINGER_SECONDS:
-            asyncio.get_running_loop().call_later(progress.due_in, self._ring, lane)
+            asyncio.get_running_loop().call_later(progress.due_in + GATHER_SECONDS, self._ring, lane)
         if progress.wake:
             await self.wake(Lane(lane.handler, number) for number in progress.wake)
 

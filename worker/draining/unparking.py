@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from worker import held, parked, positions
 from worker.draining.applying import Applying, Call, fate_of
-from worker.draining.calls import LaneBlockedError
+from worker.draining.calls import LaneBlockedError, Traits
 from worker.draining.items import Item, KeyItem
 from worker.draining.joint import Gate
 from worker.draining.notes import FEW, Notes, Suspicion, verdict
@@ -89,6 +89,13 @@ class _Unparked(NamedTuple):
 
     row: HeldRow
     item: Item | KeyItem
+
+
+_TRAITS = Traits[_Unparked](
+    lambda one: one.row.kept.keys,
+    lambda one: ("held", one.row.id),
+    lambda one: one.item.value if isinstance(one.item, KeyItem) else one.item.change,
+)
 
 
 class Unparking:
@@ -230,12 +237,10 @@ class Unparking:
             turn,
             self._call(turn),
             items,
-            lambda one: one.row.kept.keys,
-            lambda one: ("held", one.row.id),
+            _TRAITS,
         )
         await self._applied(turn, [one.row for one in outcome.applied])
-        for one, failure in outcome.failed:
-            await self._failed(turn, one.row, failure)
+        await self._failed(turn, [(one.row, failure) for one, failure in outcome.failed])
         # Those not tried yet stay parked.
         await self._to_held(turn, [one.row for one in outcome.behind], due=False)
 
@@ -252,14 +257,17 @@ class Unparking:
             turn.holds(row.kept.lanes, -1)
         await self._promote(turn, rows)
 
-    async def _failed(self, turn: Turn, row: HeldRow, failure: Failure) -> None:
-        self._applying.tell(turn, failure, row.kept.position)
-        turn.progress.tell(fate_of(failure), (row.kept.position,))
-        await held.failed_again(turn.session, row, failure)
-        self._gone(turn, [row])
-        if not failure.holds_back:
+    async def _failed(self, turn: Turn, failed: Sequence[tuple[HeldRow, Failure]]) -> None:
+        for row, failure in failed:
+            self._applying.tell(turn, failure, row.kept.position)
+            turn.progress.tell(fate_of(failure), (row.kept.position,))
+        await held.failed_again(turn.session, failed)
+        self._gone(turn, [row for row, _ in failed])
+        gone = [row for row, failure in failed if not failure.holds_back]
+        for row in gone:
             turn.holds(row.kept.lanes, -1)
-            await self._promote(turn, [row])
+        if gone:
+            await self._promote(turn, gone)
 
     async def _promote(self, turn: Turn, rows: Sequence[HeldRow]) -> None:
         """Let the next of these keys be due, where one of them may be held behind what has gone."""
@@ -297,7 +305,7 @@ class Unparking:
                 failure = self._applying.judge(error)
                 if failure is None:
                     raise LaneBlockedError from error
-                await self._failed(turn, row, failure)
+                await self._failed(turn, [(row, failure)])
                 if failure.holds_back:
                     blocked.update(row.kept.keys)
         await self._to_held(turn, behind, due=False)

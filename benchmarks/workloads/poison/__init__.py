@@ -30,19 +30,26 @@ _COPY: Final = text(
 )
 _MENDED: Final = text("select exists (select from derived_mended)")
 
+Order = tuple[int, int, str, bool]
+"""Its id, customer and status, and whether it was redriven."""
+
 
 class PoisonError(Exception):
     """An order cannot be copied until the handler is mended."""
 
 
-async def copy(session: AsyncSession, orders: Iterable[tuple[int, int, str, bool]]) -> None:
-    """Copy orders, each told by id, customer, status and whether it was redriven.
+async def look_at(order: Order, session: AsyncSession) -> Order:
+    """Look at an order before it is copied.
 
     Raises:
-        PoisonError: one of them is poison, and the handler is not mended.
+        PoisonError: it is poison, and the handler is not mended.
     """
-    found = list(orders)
-    ids, customers, statuses, again = (list(column) for column in zip(*found, strict=True))
-    await session.execute(_COPY, {"ids": ids, "customers": customers, "again": again})
-    if POISON in statuses and not (await session.execute(_MENDED)).scalar_one():
+    if order[2] == POISON and not (await session.execute(_MENDED)).scalar_one():
         raise PoisonError("an order is poison")
+    return order
+
+
+async def copy(session: AsyncSession, orders: Iterable[Order]) -> None:
+    """Copy orders."""
+    ids, customers, _, again = (list(column) for column in zip(*orders, strict=True))
+    await session.execute(_COPY, {"ids": ids, "customers": customers, "again": again})

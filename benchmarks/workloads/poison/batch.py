@@ -1,8 +1,10 @@
-"""A change handler that is given lists of changes, in the order of their customers."""
+"""A change handler that is given lists of changes, in the order of their customers, and looks at each."""
+
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from benchmarks.workloads.poison import copy
+from benchmarks.workloads.poison import copy, look_at
 from worker import Change, Handlers
 
 on = Handlers()
@@ -10,5 +12,9 @@ on = Handlers()
 
 @on.insert("public.orders", lane_key="customer_id", batch=500, name="batch")
 async def batch(changes: list[Change], session: AsyncSession) -> None:
-    orders = [(change.record, change.source == "redrive") for change in changes if change.record is not None]
-    await copy(session, [(row["id"], row["customer_id"], row["status"], again) for row, again in orders])
+    orders = []
+    for change in changes:
+        row: dict[str, Any] = change.record or {}
+        order = (row["id"], row["customer_id"], row["status"], change.source == "redrive")
+        orders.append(await look_at(order, session))
+    await copy(session, orders)

@@ -2,7 +2,7 @@
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from benchmarks.workloads.poison import copy
+from benchmarks.workloads.poison import copy, look_at
 from worker import Change, Handlers
 
 on = Handlers()
@@ -10,7 +10,8 @@ on = Handlers()
 
 @on.insert("public.orders", lane_key="customer_id", name="single")
 async def single(change: Change, session: AsyncSession) -> None:
-    order = change.record
-    assert order is not None
-    again = change.source == "redrive"
-    await copy(session, [(order["id"], order["customer_id"], order["status"], again)])
+    row = change.record
+    assert row is not None
+    order = (row["id"], row["customer_id"], row["status"], change.source == "redrive")
+    await copy(session, [order])
+    await look_at(order, session)

@@ -412,6 +412,70 @@ async def test_what_waited_behind_a_failure_is_applied_together_and_in_order(at:
     assert await at.counters() == (50, 0, 0)
 
 
+async def filled_with_three_keys(at: Bench, handler: str, ids: range) -> Lane:
+    """Have changes of three keys wait in one lane, in turn."""
+    lane = at.lane_of(handler, item(0, 1))
+    grps = [grp for grp in range(1, 60) if at.lane_of(handler, item(0, grp)) == lane][:3]
+    for id_ in ids:
+        at.take("items", item(id_, grps[id_ % 3]))
+    await at.journal.flush()
+    return lane
+
+
+async def test_a_list_is_called_again_without_those_whom_its_errors_are_about(at: Bench) -> None:
+    on, calls = Handlers(), list[list[int]]()
+
+    @on.change("items", name="many", batch=100, lane_key="grp")
+    async def many(changes: list[Change], session: AsyncSession) -> None:
+        calls.append([(change.record or {})["id"] for change in changes])
+        for change in changes:
+            if (change.record or {})["id"] in (7, 20):
+                raise ValueError("no")
+        for change in changes:
+            await write(session, change, "many")
+
+    await at.load(on)
+    lane = await filled_with_three_keys(at, "many", range(30))
+    await at.drain("many").run(lane)
+    behind = [*range(7, 30, 3), *range(20, 30, 3)]
+    innocent = [n for n in range(30) if n not in behind]
+    assert sorted(await at.log()) == innocent
+    for key in range(3):
+        assert [n for n in await at.log() if n % 3 == key] == [n for n in innocent if n % 3 == key]
+    # Once without care; then once for each guilty one, once for the others, and each guilty one alone.
+    assert len(calls) == 1 + 2 + 1 + 2
+    assert calls[-2:] == [[20], [7]]
+    assert await at.db.fetchval("select count(*) from tailrace.held") == len(behind)
+    assert await at.db.fetchval("select count(*) from tailrace.held where attempts > 0") == 2
+    assert await at.holding_is_true()
+
+
+async def test_an_innocent_one_whom_an_error_is_about_is_applied_in_its_turn(at: Bench) -> None:
+    on = Handlers()
+
+    @on.change("items", name="many", batch=100, lane_key="grp")
+    async def many(changes: list[Change], session: AsyncSession) -> None:
+        trouble = 0
+        for change in changes:
+            await write(session, change, "many")
+            if trouble:
+                raise ValueError(f"{trouble} is no good")  # and what is in hand has nothing to do with it
+            trouble = 11 if (change.record or {})["id"] == 11 else 0
+        if trouble:
+            raise ValueError(f"{trouble} is no good")
+
+    await at.load(on)
+    lane = await filled_with_three_keys(at, "many", range(30))
+    await at.drain("many").run(lane)
+    behind = [*range(11, 30, 3)]
+    innocent = [n for n in range(30) if n not in behind]
+    assert sorted(await at.log()) == innocent
+    for key in range(3):
+        assert [n for n in await at.log() if n % 3 == key] == [n for n in innocent if n % 3 == key]
+    assert await at.db.fetchval("select count(*) from tailrace.held where attempts > 0") == 1
+    assert await at.holding_is_true()
+
+
 async def test_a_key_that_waits_holds_up_no_other_however_much_waits_behind_it(
     at: Bench, on: Handlers, faults: Faults
 ) -> None:
