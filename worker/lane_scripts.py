@@ -4,10 +4,12 @@ Lua only; keys and meaning are told in lanes.py. The time is always Redis's own:
 workers need not agree.
 """
 
-# Claims the lanes that no living worker drains and returns them: they need an arq job. Rings for the others.
+# Claims the lanes that no living worker drains and returns them: they need an arq job. Rings for the others,
+# and tells what has come, where that is little: who hears it need not ask. The message: base and format in a
+# line, a line for each lane (name, then id and length of each entry), an empty line, and the entries.
 _WAKE = """
-local function wake(names, claims, prefix, patience)
-  local cold, warm = {}, {}
+local function wake(names, claims, prefix, patience, base, news)
+  local cold, warm, told = {}, {}, {}
   local time = redis.call('TIME')
   local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
   for _, name in ipairs(names) do
@@ -16,7 +18,9 @@ local function wake(names, claims, prefix, patience)
     if queued and now - tonumber(queued) < patience then
       -- its job is on the way
     elseif claim and not queued and redis.call('EXISTS', prefix .. ':worker:' .. claim) == 1 then
-      warm[claim] = (warm[claim] and (warm[claim] .. '\\n') or '') .. name
+      local new = news and news[name]
+      warm[claim] = (warm[claim] or (base .. '\\te')) .. '\\n' .. name .. (new and new[1] or '')
+      told[claim] = (told[claim] or '') .. (new and new[2] or '')
     else
       -- Whoever takes it next is to know that a worker has died over it.
       local died = claim and (not queued or string.sub(claim, -1) == '!')
@@ -25,7 +29,7 @@ local function wake(names, claims, prefix, patience)
     end
   end
   for worker, list in pairs(warm) do
-    redis.call('PUBLISH', prefix .. ':bell:' .. worker, list)
+    redis.call('PUBLISH', prefix .. ':bell:' .. worker, list .. '\\n\\n' .. told[worker])
   end
   return cold
 end
@@ -40,8 +44,15 @@ ADD = (
 local have = redis.call('HMGET', base .. ':meta', 'token', 'last')
 if have[1] ~= ARGV[4] then return {'token', have[1] or ''} end
 if have[2] ~= ARGV[5] then return {'last', have[2] or ''} end
+local news, room = {}, 32768
 for i = 7, #ARGV - 1, 3 do
-  redis.call('XADD', base .. ':lane:' .. ARGV[i], ARGV[i + 1], 'e', ARGV[i + 2])
+  local name, id, entry = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  redis.call('XADD', base .. ':lane:' .. name, id, 'e', entry)
+  room = room - #entry
+  if room > 0 and #ARGV < 200 then
+    local new = news[name] or {'', ''}
+    news[name] = {new[1] .. '\\t' .. id .. '\\t' .. #entry, new[2] .. entry}
+  end
 end
 local names = {}
 local tops = cmsgpack.unpack(ARGV[#ARGV])
@@ -50,14 +61,14 @@ for i = 1, #tops, 2 do
   names[#names + 1] = tops[i]
 end
 redis.call('HSET', base .. ':meta', 'last', ARGV[6])
-return {'added', wake(names, KEYS[1], prefix, patience)}
+return {'added', wake(names, KEYS[1], prefix, patience, base, news)}
 """
 )
 
 RING = (
     _WAKE
     + """
-return wake(cmsgpack.unpack(ARGV[4]), KEYS[1], prefix, patience)
+return wake(cmsgpack.unpack(ARGV[4]), KEYS[1], prefix, patience, base)
 """
 )
 
@@ -74,7 +85,7 @@ for i = 1, #tops, 2 do
   local count = tonumber(string.match(tops[i + 1], ' (%d+) '))
   if count > (passed[tops[i]] or 0) then names[#names + 1] = tops[i] end
 end
-return wake(names, KEYS[1], prefix, patience)
+return wake(names, KEYS[1], prefix, patience, base)
 """
 )
 

@@ -17,7 +17,8 @@ Keys, all below the prefix `WORKER_QUEUE`:
     {prefix}:reached                           up to where the log was read, see reading/reached.py
     {prefix}:calls                             hash: lane -> note of a call, see draining/notes.py
     {prefix}:worker:{id}                       key with a time to live: this worker is alive
-    {prefix}:bell:{id}, {prefix}:jobs          pub/sub: a lane of this worker has news; arq's queue has a job
+    {prefix}:bell:{id}, {prefix}:jobs          pub/sub: lanes of this worker have news, and which,
+                                               where that is little; arq's queue has a job
 """
 
 import enum
@@ -182,6 +183,14 @@ class Claim(enum.IntEnum):
     """Taken from a worker that has died over it."""
 
 
+class News(NamedTuple):
+    """What a bell has told of a lane: entries, as they stand in its stream."""
+
+    base: str
+    """Of the keys of their generation; see `Lanes.base`."""
+    reads: "list[Read]"
+
+
 class Found(NamedTuple):
     """What a lane holds above a position."""
 
@@ -261,15 +270,20 @@ class Lanes:
         width = self._widths.get(lane)
         return FIRST if width is None else min(AT_ONCE, size // width + 1)
 
-    async def trim(self, generation: str, lane: Lane, last: Read) -> None:
-        """Forget what Postgres says is applied: the entries up to `last`."""
-        entry = last.entry
-        await self._pass(generation, lane, last.position, f"{entry.count} {entry.size} {entry.total}")
+    async def trim(self, generation: str, lasts: "Mapping[Lane, Read]") -> None:
+        """Forget what Postgres says is applied: the entries of each lane up to the last one."""
+        passed = {}
+        for lane, last in lasts.items():
+            entry = last.entry
+            passed[lane] = last.position, f"{entry.count} {entry.size} {entry.total}"
+        await self._pass(generation, passed)
 
-    async def _pass(self, generation: str, lane: Lane, position: Position, passed: str) -> None:
+    async def _pass(self, generation: str, passed: Mapping[Lane, tuple[Position, str]]) -> None:
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.xtrim(self.key(generation, lane), minid=_above(position), approximate=False)
-            pipe.hset(f"{self.base(generation)}:passed", str(lane), passed)
+            for lane, (position, _) in passed.items():
+                pipe.xtrim(self.key(generation, lane), minid=_above(position), approximate=False)
+            counts = {str(lane): counted for lane, (_, counted) in passed.items()}
+            pipe.hset(f"{self.base(generation)}:passed", mapping=counts)
             await pipe.execute()
 
     async def pass_over(self, generation: str, lane: Lane, position: Position) -> None:
@@ -283,7 +297,8 @@ class Lanes:
             return
         top = _top(found)
         if Position.parse(top.last) <= position:
-            await self._pass(generation, lane, position, f"{top.entries} {top.size} {top.changes}")
+            counted = f"{top.entries} {top.size} {top.changes}"
+            await self._pass(generation, {lane: (position, counted)})
 
     # Claims and wake-ups
 
@@ -384,6 +399,28 @@ def _up_to_newer(lane: Lane, reads: list[Read], park_to: int, name: bytes) -> Fo
     if reads:
         return Found(reads, park_to, more=True)
     raise NewerFormat(f"the next entry of {lane} is of format {name.decode(errors='replace')!r}, {UPGRADE}")
+
+
+def heard(message: bytes) -> tuple[str, dict[Lane, list[Read]]]:
+    """Read what a bell says: the base of a generation's keys, and lanes with the entries that it tells.
+
+    A lane may come without any: then they are in its stream. The form is that of `wake` in lane_scripts.py.
+    """
+    head, _, body = message.partition(b"\n\n")
+    first, *lines = head.decode().split("\n")
+    base, _, name = first.partition("\t")
+    decode = FORMATS.get(name.encode())
+    lanes: dict[Lane, list[Read]] = {}
+    at = 0
+    for line in lines:
+        lane, *told = line.split("\t")
+        reads = lanes.setdefault(Lane.parse(lane), [])
+        for id_, length in zip(told[::2], told[1::2], strict=True):
+            end = at + int(length)
+            if decode is not None:  # what only a newer version can read is left to the look into the stream
+                reads.append(Read(Position.parse(id_), decode(body[at:end])))
+            at = end
+    return base, lanes
 
 
 def _above(position: Position) -> str:

@@ -26,9 +26,10 @@ from worker.draining.items import Decoder
 from worker.draining.meetings import other_lanes
 from worker.draining.notes import Notes, Suspicion
 from worker.draining.passes import Pass, Progress, Turn
+from worker.draining.trims import Trims
 from worker.driver import transaction
 from worker.errors import NewerFormat, RedisLost
-from worker.lanes import Lane, Lanes, check_format
+from worker.lanes import Lane, News, check_format
 from worker.positions import Limits, Moved, Seen
 from worker.pulse import STUCK_SECONDS, Pulse
 from worker.registry import Handler
@@ -50,7 +51,7 @@ class Drain:
         self,
         *,
         engine: AsyncEngine,
-        lanes: Lanes,
+        trims: Trims,
         caller: Caller,
         decoder: Decoder,
         limits: Limits,
@@ -60,7 +61,7 @@ class Drain:
     ) -> None:
         self.handler: Handler = caller.handler
         self._engine = engine
-        self._lanes = lanes
+        self._trims, self._lanes = trims, trims.lanes
         self._traces = caller.traces
         self._applying = Applying(caller, decoder)
         self._limits = limits
@@ -70,7 +71,7 @@ class Drain:
         self._pulse = pulse or Pulse()
         self._stuck_seconds = STUCK_SECONDS + caller.timeout
         self._suspicions: dict[Lane, Suspicion] = {}
-        self._entries = Entries(self._applying, lanes, seen or Seen(), self._suspicions, batch)
+        self._entries = Entries(self._applying, trims.lanes, seen or Seen(), self._suspicions, batch)
 
     def suspect(self, lane: Lane, worker: str, alone: asyncio.Lock) -> None:
         """Note that the worker before this one has died over a lane: perhaps of one of its changes.
@@ -82,23 +83,27 @@ class Drain:
         """
         self._suspicions[lane] = Suspicion(worker, alone)
 
-    async def run(self, lane: Lane) -> Progress:
+    async def run(self, lane: Lane, news: News | None = None) -> Progress:
         """Make one pass over a lane.
+
+        Args:
+            lane: which.
+            news: what stands in its stream above the position, as far as a bell has told.
 
         Whatever a handler does ends in a Progress; raises only what is wrong with this program.
         """
         suspicion = self._suspicions.get(lane)
         if suspicion is None:
-            return await self._timed(lane)
+            return await self._timed(lane, news)
         async with suspicion.alone:
-            return await self._timed(lane)
+            return await self._timed(lane, None)
 
-    async def _timed(self, lane: Lane) -> Progress:
+    async def _timed(self, lane: Lane, news: News | None) -> Progress:
         began = time.monotonic()
         full = False
         try:
             async with self._entries.gate.passing():
-                progress = await self._until_applied(lane)
+                progress = await self._until_applied(lane, news)
             full = progress.ended is Pass.MORE and progress.applied > 0
             return progress
         finally:
@@ -114,7 +119,7 @@ class Drain:
         elif full and seconds < SLOW_PASS_SECONDS / 4:
             self._most = min(self._batch, self._most * 2)
 
-    async def _until_applied(self, lane: Lane) -> Progress:
+    async def _until_applied(self, lane: Lane, news: News | None) -> Progress:
         # After a failure others are likely: a pass with care costs less than two passes.
         careful, together = self._careful > 0, True
         self._careful -= careful
@@ -122,7 +127,7 @@ class Drain:
         for _ in range(MOST_TRIES):
             try:
                 with self._pulse.working(f"a pass over {lane}", self._stuck_seconds):
-                    progress, generation = await self._pass(lane, careful, together, spoilers)
+                    progress, generation = await self._pass(lane, careful, together, spoilers, news)
                 return await self._after_commit(lane, generation, progress)
             except CallFailedError:
                 careful, self._careful = True, CAREFUL_PASSES
@@ -151,6 +156,7 @@ class Drain:
         careful: bool,  # noqa: FBT001 - handed on to the turn
         together: bool,  # noqa: FBT001 - as above
         spoilers: dict[object, Failure],
+        news: News | None,
     ) -> tuple[Progress, str | None]:
         told = self._traces is not None or following.follows()
         progress = Progress(fates=[] if told else None, began=time.time_ns())
@@ -171,7 +177,7 @@ class Drain:
                 progress.notes = await Notes.open(self._lanes, lane, suspicion)
                 turn = replace(turn, notes=progress.notes)
             more = not source.paused and row.holding > 0 and await self._entries.retry(turn)
-            met, further = await self._entries.take(turn, self._most)
+            met, further = await self._entries.take(turn, self._most, news)
             await self._write(turn, met)
             progress.commits = time.time_ns()
         if progress.ended is Pass.EMPTY and (more or further or spoilers):
@@ -223,9 +229,9 @@ class Drain:
             if progress.notes is not None:
                 await progress.notes.end()
             if progress.last is not None:
-                await self._lanes.trim(generation, lane, progress.last)
+                await self._trims.add(generation, lane, progress.last)
                 for number, read in progress.others.items():
-                    await self._lanes.trim(generation, Lane(lane.handler, number), read)
+                    await self._trims.add(generation, Lane(lane.handler, number), read)
                 for number in other_lanes(progress.last, lane) if not progress.others else ():
                     await self._lanes.pass_over(generation, Lane(lane.handler, number), progress.at)
             elif progress.ended is Pass.EMPTY:

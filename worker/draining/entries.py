@@ -21,7 +21,7 @@ from worker.draining.parking import park
 from worker.draining.passes import Pass, Turn
 from worker.draining.truncates import with_kept_keys
 from worker.draining.unparking import Unparking
-from worker.lanes import Lane, Lanes, Read
+from worker.lanes import Lane, Lanes, News, Read
 from worker.positions import Seen
 
 log = structlog.get_logger(__name__)
@@ -71,12 +71,13 @@ class Entries:
         async with self.gate.taking() as alone:
             return await self._applying.retry(turn, suspected) if alone else True
 
-    async def take(self, turn: Turn, most: int) -> tuple[Sequence[int], bool]:
+    async def take(self, turn: Turn, most: int, news: News | None = None) -> tuple[Sequence[int], bool]:
         """Apply what stands in the stream above the position, or park it; what is parked comes first.
 
         Args:
             turn: of the pass.
             most: changes, at most.
+            news: what a bell has told of them.
 
         Returns:
             The other lanes that have met this one and are to be moved with it, and whether there may be more.
@@ -86,7 +87,10 @@ class Entries:
             CallFailedError, TransactionSpoiltError, LaneBlockedError: as in `Applying.fresh`.
         """
         progress = turn.progress
-        found, parks, full = await self._found(turn, most)
+        told = self._told(turn, news)
+        found, parks, full = (
+            await self._found(turn, most) if not told else (told[:most], False, len(told) > most)
+        )
         is_parked = turn.row.parked > 0 or progress.parked[turn.lane.number] > 0
         if is_parked and not parks and not turn.source.paused:
             # What is parked came before all that is in the stream.
@@ -121,6 +125,16 @@ class Entries:
         if found:
             progress.ended = Pass.SOON
         return [], False
+
+    def _told(self, turn: Turn, news: News | None) -> list[Read]:
+        """Give what a bell has told, where that follows the position and is to be applied."""
+        waits = turn.source.paused or turn.row.parked > 0 or turn.progress.parked[turn.lane.number] > 0
+        if news is None or waits or turn.notes is not None:
+            return []
+        if news.base != self._lanes.base(str(turn.source.generation)):
+            return []
+        reads = [read for read in news.reads if read.position > turn.row.position]
+        return [] if has_hole(turn.row.position, reads, turn.source.floor) else reads
 
     async def _found(self, turn: Turn, most: int) -> tuple[list[Read], bool, bool]:
         """Read entries above the position; tell whether to park them, and whether there may be more."""

@@ -23,7 +23,8 @@ from worker import held, parked, positions
 from worker.database import explain
 from worker.draining.drain import Drain
 from worker.draining.passes import Pass, Progress
-from worker.lanes import CLAIM_SECONDS, Claim, Lane, Lanes
+from worker.draining.trims import Trims
+from worker.lanes import CLAIM_SECONDS, Claim, Lane, Lanes, News, Read, heard
 from worker.pulse import Pulse
 from worker.telemetry import Meters
 
@@ -46,6 +47,8 @@ NEWER_SECONDS = 10.0
 """How long a lane that only a newer version can read is left to other workers."""
 GATHER_SECONDS = 0.05
 """So much later than it is due is a change retried, together with those that are due by then."""
+MOST_NEWS = 64
+"""Entries kept of what bells have told of a lane; more are read from its stream."""
 
 Enqueue = Callable[[Lane], Awaitable[None]]
 
@@ -63,6 +66,7 @@ class Draining:
         enqueue: Enqueue,
         at_once: int,
         pulse: Pulse | None = None,
+        trims: Trims | None = None,
     ) -> None:
         self.name = name
         self._engine = engine
@@ -70,7 +74,10 @@ class Draining:
         self._drains = drains
         self._enqueue = enqueue
         self._slots = asyncio.Semaphore(at_once)
+        self._trims = trims
         self._bells: dict[Lane, asyncio.Event] = {}
+        self._news: dict[Lane, News] = {}
+        """Told by bells since the last pass over the lane began."""
         self._turns: set[asyncio.Task[None]] = set()
         self._generation: str | None = None
         """As the last sweep found it."""
@@ -166,6 +173,7 @@ class Draining:
         finally:
             if self._bells.get(lane) is bell:
                 del self._bells[lane]
+                self._news.pop(lane, None)
             if not self._bells:
                 self._idle.set()
             if not handed_over:
@@ -180,7 +188,7 @@ class Draining:
             bell.clear()
             async with self._slots:
                 began = time.monotonic()
-                progress = await drain.run(lane)
+                progress = await drain.run(lane, self._news.pop(lane, None))
             self._measure(lane, progress, time.monotonic() - began)
             await self._follow(lane, progress)
             if progress.ended in (Pass.UNKNOWN, Pass.NEWER):
@@ -203,6 +211,8 @@ class Draining:
 
     async def _leave(self, lane: Lane, bell: asyncio.Event) -> bool:
         """Give back the claim of an empty lane; False, and it is kept, where entries have come meanwhile."""
+        if self._trims is not None:
+            await self._trims.flush()  # what is not trimmed counts as not yet applied
         # First the bell, then the claim: a job that comes in between finds the lane free here, not deaf.
         del self._bells[lane]
         if await self._lanes.release(self._generation or "", lane, self.name) or lane in self._bells:
@@ -264,6 +274,8 @@ class Draining:
         for task in list(self._turns):
             task.cancel()
         await asyncio.gather(*self._turns, return_exceptions=True)
+        if self._trims is not None:
+            await self._trims.flush()
 
     # Wake-ups
 
@@ -313,14 +325,22 @@ class Draining:
         if channel.endswith(b":jobs"):
             self.queued.set()
             return
-        for name in data.decode().split("\n"):
-            lane = Lane.parse(name)
+        base, lanes = heard(data)
+        for lane, reads in lanes.items():
             if (bell := self._bells.get(lane)) is not None:
+                self._note(lane, base, reads)
                 bell.set()
             elif not self.stopping.is_set():
                 # A claim of ours without a job: Redis was away when it was to be given back.
                 await self._lanes.release(self._generation or "", lane, self.name, always=True)
                 await self.wake([lane])
+
+    def _note(self, lane: Lane, base: str, reads: list[Read]) -> None:
+        """Keep what a bell has told: together with what came before, as long as it is little."""
+        before = self._news.pop(lane, None)
+        known = before.reads if before is not None and before.base == base else []
+        if reads and len(known) + len(reads) <= MOST_NEWS:
+            self._news[lane] = News(base, known + reads)
 
     # The sweep
 

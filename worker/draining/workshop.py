@@ -28,6 +28,8 @@ from worker.draining.alerting import Alerting
 from worker.draining.calls import Caller
 from worker.draining.drain import Drain, make_limits
 from worker.draining.items import Decoder
+from worker.draining.trims import SECONDS as TRIM_SECONDS
+from worker.draining.trims import Trims
 from worker.draining.turns import SWEEP_SECONDS, Draining, Enqueue
 from worker.errors import ConfigurationError
 from worker.forgetting import cached_tables
@@ -118,14 +120,17 @@ class Workshop:
             tables = {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
             watch = SchemaWatch(engine, catalogue, settings.publication, tables)
             pulse = Pulse()
+            lanes = Lanes(redis, settings.queue)
+            trims = Trims(lanes, TRIM_SECONDS)
             draining = Draining(
                 name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
                 engine=engine,
-                lanes=Lanes(redis, settings.queue),
-                drains=await _drains(settings, engine, redis, handlers, watch, clients, traces, pulse),
+                lanes=lanes,
+                drains=await _drains(settings, engine, handlers, watch, clients, traces, pulse, trims),
                 enqueue=enqueue,
                 at_once=AT_ONCE,
                 pulse=pulse,
+                trims=trims,
             )
             cache = make_cache(redis, settings, handlers)
             alerting = Alerting(
@@ -193,17 +198,17 @@ class Workshop:
 async def _drains(
     settings: Settings,
     engine: AsyncEngine,
-    redis: Redis,
     handlers: Sequence[Handler],
     watch: SchemaWatch,
     clients: SupabaseClients,
     traces: "Traces | None",
     pulse: Pulse,
+    trims: Trims,
 ) -> dict[str, Drain]:
     async with engine.connect() as connection:
         version = int((await connection.execute(text("show server_version_num"))).scalar_one())
     limits = make_limits({handler.name: handler for handler in handlers}, settings.handler_timeout, version)
-    lanes = Lanes(redis, settings.queue)
+    redis = trims.lanes.redis
     cache = make_cache(redis, settings, handlers)
     drains, seen = {}, Seen()
     for handler in handlers:
@@ -227,7 +232,7 @@ async def _drains(
         )
         drains[handler.name] = Drain(
             engine=engine,
-            lanes=lanes,
+            trims=trims,
             caller=caller,
             decoder=Decoder(handler, watch),
             limits=limits,

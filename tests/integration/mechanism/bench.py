@@ -25,6 +25,8 @@ from worker.draining.calls import Caller
 from worker.draining.drain import Drain
 from worker.draining.items import Decoder
 from worker.draining.passes import Pass, Progress
+from worker.draining.trims import SECONDS as TRIM_SECONDS
+from worker.draining.trims import Trims
 from worker.draining.turns import Draining
 from worker.lane_writer import LaneWriter
 from worker.lanes import Lane, Lanes
@@ -137,6 +139,7 @@ class Bench:
         timeout: float = 5.0,
         max_attempts: int = 1_000,
         cache: Cache | None = None,
+        trims: Trims | None = None,
     ) -> Drain:
         """Make a drain, as one worker process has it."""
         handler = next(one for one in self.handlers if one.name == name)
@@ -150,17 +153,20 @@ class Bench:
             max_attempts=max_attempts,
             cache=cache,
             traces=self.traces,
+            trims=trims,
         )
 
     def worker(self, name: str) -> Draining:
         """Make the draining part of a worker."""
+        trims = Trims(self.lanes, TRIM_SECONDS)
         return Draining(
             name=name,
             engine=self.engine,
             lanes=self.lanes,
-            drains={one.name: self.drain(one.name) for one in self.handlers},
+            drains={one.name: self.drain(one.name, trims=trims) for one in self.handlers},
             enqueue=self.enqueue,
             at_once=4,
+            trims=trims,
         )
 
     async def settle(self, *drains: Drain, most: int = 400) -> None:
@@ -293,6 +299,7 @@ def make_drain(
     max_attempts: int = 1_000,
     cache: Cache | None = None,
     traces: Any = None,
+    trims: Trims | None = None,
 ) -> Drain:
     """Make a drain of a handler, as one worker process has it."""
     made = cache or Cache(lanes.redis, handler.name, ())
@@ -306,7 +313,7 @@ def make_drain(
     )
     return Drain(
         engine=engine,
-        lanes=lanes,
+        trims=trims or Trims(lanes),
         caller=caller,
         decoder=Decoder(handler, watch),
         limits=Limits(60_000, 0),

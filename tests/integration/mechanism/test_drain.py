@@ -13,9 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.mechanism.bench import Bench, at_once, item
 from worker import Change, GiveUp, Handlers, RetryLater
+from worker.change import Position
 from worker.draining import guard
 from worker.draining.passes import Pass
-from worker.lanes import Content, Lane
+from worker.lanes import Content, Lane, News
 
 WRITE = text("insert into derived_log (handler, position, id, note) values (:handler, :position, :id, :note)")
 
@@ -84,6 +85,48 @@ async def test_applies_once_and_in_order(at: Bench, on: Handlers) -> None:
     assert await at.log() == list(range(40))
     assert await at.counters() == (40, 0, 0)
     assert await at.redis.xlen(at.lanes.key(at.writer.generation, lane)) == 0
+
+
+@pytest.mark.parametrize(
+    "told",
+    [[3, 4, 5], [0, 1, 2, 3, 4, 5], [4, 5], [3, 5], [0, 1], []],
+    ids=["next", "older too", "gap before", "gap within", "only older", "nothing"],
+)
+async def test_what_a_bell_tells_is_taken_only_where_it_follows(
+    at: Bench, on: Handlers, told: list[int]
+) -> None:
+    await at.load(on)
+    drain = at.drain("one")
+    lane = await fill(at, 1, range(3))
+    news = list((await at.lanes.read(at.writer.generation, lane, Position.ZERO, 10)).reads)
+    await drain.run(lane)
+    await fill(at, 1, range(3, 6))
+    news += (await at.lanes.read(at.writer.generation, lane, Position.ZERO, 10)).reads
+    base = at.lanes.base(at.writer.generation)
+    await drain.run(lane, News(base, [news[n] for n in told]))
+    assert await at.log() == list(range(6))
+    assert await at.counters() == (6, 0, 0)
+
+
+async def test_what_a_bell_told_of_another_generation_is_not_taken(at: Bench, on: Handlers) -> None:
+    await at.load(on)
+    drain = at.drain("one")
+    lane = await fill(at, 1, range(1))
+    found = await at.lanes.read(at.writer.generation, lane, Position.ZERO, 10)
+    await at.redis.delete(at.lanes.key(at.writer.generation, lane))
+    assert (await drain.run(lane, News(at.lanes.base("another"), found.reads))).applied == 0
+    assert (await drain.run(lane, News(at.lanes.base(at.writer.generation), found.reads))).applied == 1
+
+
+async def test_a_paused_handler_parks_what_a_bell_has_told(at: Bench, on: Handlers) -> None:
+    await at.load(on)
+    drain = at.drain("one")
+    lane = await fill(at, 1, range(2))
+    found = await at.lanes.read(at.writer.generation, lane, Position.ZERO, 10)
+    await at.db.execute("update tailrace.handlers set paused = true")
+    news = News(at.lanes.base(at.writer.generation), found.reads)
+    assert (await drain.run(lane, news)).applied == 0
+    assert await at.counters() == (0, 2, 0)
 
 
 async def test_a_pass_that_dies_at_any_statement_leaves_nothing_half(at: Bench, on: Handlers) -> None:

@@ -91,6 +91,26 @@ async def test_what_comes_while_a_job_lingers_needs_no_new_job(at: Bench, sums: 
         await worker.stop(DEADLINE_SECONDS)
 
 
+async def test_what_a_bell_has_told_is_not_read_from_redis(at: Bench, sums: Sums) -> None:
+    await at.load(sums.on)
+    worker, lane = at.worker("w"), at.lane_of("sums", item(1, 7))
+    await at.lanes.alive("w")
+    async with running(worker.listen(), worker.drain(lane)):
+        await at.put("items", item(1, 7))
+        await sums.computed(1)
+        before = await reads_of_streams(at)
+        for times in range(2, 6):
+            await at.put("items", item(times, 7))
+            await sums.computed(times)
+        assert await reads_of_streams(at) - before <= 1  # the first may have been under way
+        await worker.stop(DEADLINE_SECONDS)
+    assert await at.counters() == (5, 0, 0)  # with nothing left to be trimmed
+
+
+async def reads_of_streams(at: Bench) -> int:
+    return int((await at.redis.info("commandstats")).get("cmdstat_xrange", {"calls": 0})["calls"])
+
+
 async def test_a_living_workers_lane_is_left_alone_and_a_dead_ones_is_taken(at: Bench, sums: Sums) -> None:
     await at.load(sums.on)
     lane = at.lane_of("sums", item(1, 7))

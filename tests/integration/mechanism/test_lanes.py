@@ -1,6 +1,8 @@
 """The lanes in Redis: what is added, refused, claimed, swept and trimmed."""
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ from tests.integration.mechanism.bench import Bench, item
 from worker import Handlers
 from worker.change import Position
 from worker.lane_writer import LaneWriter
-from worker.lanes import CLAIM_SECONDS, Content, Lane, LanesLostError, LeaseLostError
+from worker.lanes import CLAIM_SECONDS, Content, Lane, LanesLostError, LeaseLostError, Read, heard
 
 A = Lane("module.with:colons" + "x" * 180, 3)
 B = Lane("b", 0)
+
+Bell = tuple[str, dict[Lane, list[Read]]]
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ async def test_entries_name_the_one_before_them_and_come_back_in_order(at: Bench
         (13, "12-0"),
     ]
     assert (await to.backlog()).entries == 4
-    await at.lanes.trim("g", A, reads[1])
+    await at.lanes.trim("g", {A: reads[1]})
     assert (await to.backlog()).entries == 2
     assert await positions(at, A) == [13]
     assert to.last == Position(13, 0)
@@ -262,7 +266,7 @@ async def test_a_claim_is_kept_where_entries_have_come_meanwhile(at: Bench) -> N
     assert await to.flush() == []  # a living worker drains it: rung, not queued
     assert not await at.lanes.release("g", A, "one")
     (read,) = (await at.lanes.read("g", A, Position(0, 0), 9)).reads
-    await at.lanes.trim("g", A, read)
+    await at.lanes.trim("g", {A: read})
     assert await at.lanes.release("g", A, "one")
 
 
@@ -281,21 +285,64 @@ async def test_the_sweep_finds_lanes_with_work_that_nobody_drains(at: Bench) -> 
     assert await at.lanes.sweep("g") == []
     await at.lanes.gone("dying")
     (read,) = (await at.lanes.read("g", B, Position(0, 0), 9)).reads
-    await at.lanes.trim("g", B, read)
+    await at.lanes.trim("g", {B: read})
     assert await at.lanes.sweep("g") == [A]
 
 
+@asynccontextmanager
+async def bell(at: Bench, worker: str) -> AsyncIterator[Callable[[], Awaitable[Bell]]]:
+    """Live as a worker, and hear its bell."""
+    await at.lanes.alive(worker)
+    async with at.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+        await pubsub.subscribe(f"{at.lanes.prefix}:bell:{worker}")
+
+        async def rung() -> Bell:
+            async with asyncio.timeout(10):
+                while (message := await pubsub.get_message(timeout=1)) is None:
+                    pass
+            return heard(message["data"])
+
+        yield rung
+
+
 async def test_a_wake_up_rings_the_worker_that_drains_the_lane(at: Bench) -> None:
-    await at.lanes.alive("one")
     await at.lanes.claim(A, "one")
-    async with at.redis.pubsub(ignore_subscribe_messages=True) as heard:
-        await heard.subscribe(f"{at.lanes.prefix}:bell:one")
+    async with bell(at, "one") as rung:
         assert await at.lanes.ring([A, B]) == [B]
-        async with asyncio.timeout(10):
-            message = None
-            while message is None:
-                message = await heard.get_message(timeout=1)
-    assert message["data"].decode() == str(A)
+        assert (await rung())[1] == {A: []}
+
+
+async def test_a_bell_tells_what_was_written(at: Bench) -> None:
+    to = writer(at)
+    await to.begin()
+    await at.lanes.claim(A, "one")
+    await at.lanes.claim(B, "one")
+    async with bell(at, "one") as rung:
+        stage(to, A, 11, payload=b"\n\n\t\x00\xff")
+        stage(to, B, 11)
+        stage(to, A, 12, payload=b"")
+        await to.flush()
+        base, told = await rung()
+    assert base == at.lanes.base("g")
+    for lane in (A, B):
+        assert told[lane] == (await at.lanes.read("g", lane, Position(0, 0), 10)).reads
+    assert len(told[A]) == 2
+
+
+def test_entries_of_a_newer_format_are_left_to_the_look_into_the_stream() -> None:
+    assert heard(b"base\tz\nb:0\t11-0\t3\n\nnew") == ("base", {B: []})
+
+
+@pytest.mark.parametrize("much", [(1, 40_000), (80, 10)], ids=["bytes", "entries"])
+async def test_a_bell_tells_only_where_it_is_little(at: Bench, much: tuple[int, int]) -> None:
+    to = writer(at)
+    await to.begin()
+    await at.lanes.claim(A, "one")
+    async with bell(at, "one") as rung:
+        for n in range(much[0]):
+            stage(to, A, 11 + n, payload=b"x" * much[1])
+        await to.flush()
+        assert (await rung())[1] == {A: []}
 
 
 async def test_old_generations_go_by_themselves(at: Bench) -> None:
