@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import structlog
 from arq.connections import ArqRedis
+from arq.utils import timestamp_ms
 from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
@@ -230,12 +231,19 @@ class PatientRedis(ArqRedis):
         return await self._patiently(lambda: super(PatientRedis, self).execute_command(*args, **options))  # type: ignore[no-untyped-call] # redis-py's own
 
     async def zrangebyscore(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
-        """Look for jobs, as arq's poll does: at once where one is announced, else twice a second."""
+        """Look for jobs, as arq's poll does: at once where one is announced, else twice a second.
+
+        Args:
+            args: for redis-py.
+            options: for redis-py; `max` is up to which time (Unix, ms) jobs are due.
+        """
         if self.rung is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(IDLE_POLL_SECONDS):
                     await self.rung.wait()
             self.rung.clear()
+            # arq took the time before it waited here: the very job that rang would not be due yet.
+            options["max"] = timestamp_ms()
         if self.stopping:
             return []
         return await super().zrangebyscore(*args, **options)

@@ -1,15 +1,19 @@
 """Connections to Redis: what is lost while nobody looks, and what is too large for a buffer."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 
 import pytest
+from arq.utils import timestamp_ms
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tests.stack import Servers
-from worker.queue import connection_pool
+from worker.jobs import announce
+from worker.lanes import Lane
+from worker.queue import PatientRedis, connection_pool
 
 
 @pytest.fixture
@@ -79,3 +83,18 @@ async def test_a_server_that_does_not_answer_is_a_timeout() -> None:
 )
 async def test_each_kind_of_url_has_its_kind_of_connection(url: str, kind: type) -> None:
     assert isinstance(connection_pool(url).make_connection(), kind)
+
+
+async def test_a_poll_that_waits_finds_the_job_that_rings(shared: Servers) -> None:
+    queue = "a-poll-that-waits"
+    pool = PatientRedis(shared.redis.url, queue=queue)
+    pool.rung = asyncio.Event()
+    try:
+        asked = timestamp_ms() - 1
+        poll = asyncio.create_task(pool.zrangebyscore(queue, min=-math.inf, start=0, num=10, max=asked))
+        await announce(pool, queue, Lane("one", 1))
+        pool.rung.set()
+        assert len(await poll) == 1
+    finally:
+        await pool.delete(queue)
+        await pool.aclose(close_connection_pool=True)
