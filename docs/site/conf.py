@@ -58,10 +58,11 @@ def _read(app: Sphinx, page: str, content: list[str]) -> None:
 
     def kept(link: re.Match[str]) -> str:
         words, target, _ = link.groups()
-        inside = not re.match("[a-z]+:", target)
-        if inside and _from_root(folder, target).removesuffix(".md") not in app.env.found_docs:
-            return words
-        return link[0]
+        here = _from_root(folder, target)
+        # What does not exist stays a link, so that Sphinx complains of it.
+        if re.match("[a-z]+:", target) or here.removesuffix(".md") in app.env.found_docs:
+            return link[0]
+        return words if (folder / target).exists() else link[0]
 
     content[0] = _LINK.sub(kept, content[0])
     if page == root_doc:
