@@ -7,12 +7,15 @@ setting's name ("DATABASE_URL …"). No sentence repeats the text: it may hold a
 import base64
 import binascii
 import json
+from typing import NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 # Parameters that other clients put into Postgres URLs. asyncpg would send them to the server as settings,
 # and the server would refuse the connection.
 _FOREIGN_PARAMETERS = frozenset({"connection_limit", "pgbouncer", "pool_timeout", "supa"})
 _JWT_PARTS = 3
+_SENTINEL_SCHEMES = ("redis+sentinel", "rediss+sentinel")
+_SENTINEL_PORT = 26379
 
 
 def http_address(text: str) -> str:
@@ -49,9 +52,13 @@ def database_address(text: str) -> str:
 
 
 def redis_address(text: str) -> str:
-    """Return a Redis URL: redis://, rediss:// or unix://."""
+    """Return a Redis URL: redis://, rediss:// or unix://, or either of the first two with `+sentinel`."""
+    if text.strip().partition("://")[0].lower() in _SENTINEL_SCHEMES:
+        sentinels(text)
+        return text.strip()
     schemes = {name: name for name in ("redis", "rediss", "unix")}
-    parts = _split(text, schemes, "redis://, rediss:// or unix://", needs_host=False)
+    wanted = "redis://, rediss:// or unix://, or redis+sentinel:// or rediss+sentinel://"
+    parts = _split(text, schemes, wanted, needs_host=False)
     if parts.scheme == "unix":
         if not parts.path.strip("/"):
             raise ValueError("names no socket: write unix:///path/to/redis.sock")
@@ -60,6 +67,49 @@ def redis_address(text: str) -> str:
     elif parts.path.strip("/") and not parts.path.strip("/").isdigit():
         raise ValueError("must end in the number of a database, such as /0, or in nothing")
     return _joined(parts)
+
+
+class Sentinels(NamedTuple):
+    """Where the master of a group is to be asked for."""
+
+    hosts: tuple[tuple[str, int], ...]
+    service: str
+    """The master's name, as the sentinels have it."""
+    master: str
+    """URL of the master with a host that means nothing: TLS or not, user, password, database, parameters."""
+    username: str | None
+    """Of the sentinels themselves, which may have passwords of their own."""
+    password: str | None
+
+
+def sentinels(text: str) -> Sentinels | None:
+    """Read redis+sentinel://[user:password@]host:26379,host:26379/service[/database]; None of another kind.
+
+    Parameters are those of a Redis URL, `sentinel_username` and `sentinel_password`.
+    """
+    scheme, _, rest = text.strip().partition("://")
+    if scheme.lower() not in _SENTINEL_SCHEMES:
+        return None
+    authority, _, path = rest.partition("/")
+    credentials, at, listed = authority.rpartition("@")
+    hosts = []
+    for host in listed.split(","):
+        found = _split(f"redis://{host}", {"redis": "redis"}, "")
+        hosts.append((str(found.hostname), found.port or _SENTINEL_PORT))
+    plain = "rediss" if scheme.lower().startswith("rediss") else "redis"
+    parts = _split(f"{plain}://{credentials}{at}master/{path}", {plain: plain}, "")
+    service, _, database = parts.path.strip("/").partition("/")
+    if not service:
+        raise ValueError("names no service: write redis+sentinel://host:26379,host:26379/mymaster/0")
+    if database and not database.isdigit():
+        raise ValueError("must end in the number of a database, such as /mymaster/0, or in the service")
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    own = dict(query)
+    kept = [(name, value) for name, value in query if not name.startswith("sentinel_")]
+    master = _joined(parts._replace(path=f"/{database}", query=urlencode(kept)))
+    return Sentinels(
+        tuple(hosts), unquote(service), master, own.get("sentinel_username"), own.get("sentinel_password")
+    )
 
 
 def service_key(text: str) -> str:
@@ -81,7 +131,11 @@ def secret_parts(address: str) -> list[str]:
     """Return the password of a URL, as written and decoded; nothing if it has none."""
     parts = urlsplit(address)
     found = [parts.password] if parts.password else []
-    found += [value for name, value in parse_qsl(parts.query) if name in {"password", "sslpassword"}]
+    found += [
+        value
+        for name, value in parse_qsl(parts.query)
+        if name in {"password", "sslpassword", "sentinel_password"}
+    ]
     return list(dict.fromkeys(form for text in found for form in (text, unquote(text))))
 
 

@@ -375,7 +375,7 @@ class Settings(Tunables):
     )
     redis_url: SecretStr = _setting(
         "REDIS_URL",
-        unit="redis://, rediss:// or unix:// URL",
+        unit="redis://, rediss:// or unix:// URL, or redis+sentinel://host:26379,…/service",
         reason="Redis for the lanes and for arq; policy `noeviction`.",
     )
 

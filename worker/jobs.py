@@ -17,7 +17,6 @@ from typing import Any
 
 import structlog
 import uvloop
-from arq.connections import RedisSettings
 from arq.worker import func
 from redis.asyncio import Redis
 
@@ -28,7 +27,7 @@ from worker import telemetry
 from worker.draining.workshop import Workshop
 from worker.errors import ConfigurationError
 from worker.lanes import Lane
-from worker.queue import PatientRedis, decode_job, encode_job
+from worker.queue import PatientRedis, arq_settings, decode_job, encode_job
 from worker.search_path import search_here_first
 from worker.supervision import attend
 from worker.web import health_app, metrics_route, serve
@@ -264,7 +263,7 @@ def worker_settings() -> type:
     attributes: dict[str, Any] = {
         "functions": [func(process.drain, name="drain", keep_result=0, max_tries=1_000_000)],
         "queue_name": settings.queue,
-        "redis_settings": RedisSettings.from_dsn(url),
+        "redis_settings": arq_settings(url),
         "redis_pool": pool,
         "job_serializer": encode_job,
         "job_deserializer": decode_job,

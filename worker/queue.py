@@ -9,15 +9,16 @@ handlers.
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import structlog
-from arq.connections import ArqRedis
+from arq.connections import ArqRedis, RedisSettings
 from arq.utils import timestamp_ms
 from redis.asyncio.client import Pipeline
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.connection import AbstractConnection, ConnectionPool, parse_url
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
     BusyLoadingError,
@@ -32,8 +33,12 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
+from config.addresses import Sentinels, sentinels
+
 log = structlog.get_logger(__name__)
 
+SENTINEL_SECONDS = 1.0
+"""One that does not answer is passed over for the next."""
 IDLE_POLL_SECONDS = 0.5
 """arq's own default: how long a poll waits when nothing rings."""
 AWAY = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError)
@@ -110,33 +115,84 @@ class _Prompt(AbstractConnection):
 class _Pool(ConnectionPool):
     """Gives out a connection after a look at it; redis-py tries to read from each one first."""
 
+    # Which class it is depends on the URL: TCP, TLS or a Unix socket, and whether sentinels are asked.
+    def made_prompt(self) -> Self:
+        """Let its connections be prompt."""
+        self.connection_class = type("Connection", (_Prompt, self.connection_class), {})
+        return self
+
     async def ensure_connection(self, connection: AbstractConnection) -> None:
         await connection.connect()  # type: ignore[no-untyped-call] # redis-py's own
         if not isinstance(connection, _Prompt) or connection.is_stale:
             await super().ensure_connection(connection)
 
 
+class _SentinelPool(_Pool, SentinelConnectionPool):
+    """Asks the sentinels for the master before each new connection."""
+
+
+def _secured(url: str) -> dict[str, Any]:
+    """Say what TLS is to see to besides: that the server is the one that the URL names."""
+    if not url.startswith("rediss:") or "ssl_check_hostname=" in url or "ssl_cert_reqs=none" in url:
+        return {}
+    return {"ssl_check_hostname": True}
+
+
+def _of_sentinels(found: Sentinels, options: dict[str, Any]) -> ConnectionPool:
+    """Make a pool of connections to whichever server is the master."""
+    named = {**parse_url(found.master), **_secured(found.master)}
+    secured = named.pop("connection_class", None) is not None
+    for of_master in ("host", "port"):
+        named.pop(of_master, None)
+    tls = {name: value for name, value in named.items() if name.startswith("ssl_")}
+    manager = Sentinel(  # type: ignore[no-untyped-call] # redis-py's own
+        found.hosts,
+        sentinel_kwargs={
+            "socket_connect_timeout": SENTINEL_SECONDS,
+            "socket_timeout": SENTINEL_SECONDS,
+            "username": found.username,
+            "password": found.password,
+            **({"ssl": True, **tls} if secured else {}),
+        },
+    )
+    pool = _SentinelPool(found.service, manager, ssl=secured, **{**options, **named})  # type: ignore[no-untyped-call] # as above
+    return pool.made_prompt()
+
+
 def connection_pool(url: str, *, retries: int = 3) -> "ConnectionPool":
     """Make a pool of connections to Redis.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`.
+        url: `redis://`, `rediss://`, `unix://`, or that of sentinels; see config/addresses.py.
         retries: attempts after a lost connection before the command fails.
     """
     # A Unix socket has no peer that could vanish without a word, and redis-py knows no such option for it.
     kept_alive = {} if url.startswith("unix:") else {"socket_keepalive": True}
-    pool = _Pool.from_url(
-        url,
-        retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
-        retry_on_error=[RedisConnectionError, RedisTimeoutError],
-        socket_connect_timeout=5,
-        socket_timeout=10,
-        health_check_interval=15,
+    options: dict[str, Any] = {
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
+        "retry_on_error": [RedisConnectionError, RedisTimeoutError],
+        "socket_connect_timeout": 5,
+        "socket_timeout": 10,
+        "health_check_interval": 15,
         **kept_alive,
-    )
-    # Which class it is depends on the URL: TCP, TLS or a Unix socket.
-    pool.connection_class = type("Connection", (_Prompt, pool.connection_class), {})
-    return pool
+    }
+    if (found := sentinels(url)) is not None:
+        return _of_sentinels(found, options)
+    return _Pool.from_url(url, **_secured(url), **options).made_prompt()
+
+
+def arq_settings(url: str) -> RedisSettings:
+    """Say the same in arq's words: only `arq --check` opens a connection of its own."""
+    found = sentinels(url)
+    server = url if found is None else found.master
+    made = RedisSettings.from_dsn(server)
+    named = {} if server.startswith("unix:") else {**parse_url(server), **_secured(server)}
+    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"):
+        if name in named:
+            setattr(made, name, named[name])
+    if found is not None:
+        made.host, made.sentinel, made.sentinel_master = list(found.hosts), True, found.service
+    return made
 
 
 def encode_job(value: dict[str, Any]) -> bytes:

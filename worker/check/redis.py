@@ -14,9 +14,8 @@ from config.settings import Settings
 from worker.check.findings import Finding, Fix, size
 from worker.delivery import Wanted
 from worker.lanes import Lanes
-from worker.queue import decode_job
+from worker.queue import connection_pool, decode_job
 
-_SECONDS = 5
 _OLDEST = (6, 2)
 _FULL = 0.8
 _JOBS = 20
@@ -72,8 +71,7 @@ async def run_redis(settings: Settings, words: str) -> None:
 
 
 def _client(settings: Settings) -> Redis:
-    url = settings.redis_url.get_secret_value()
-    client: Redis = Redis.from_url(url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS)
+    client: Redis = Redis.from_pool(connection_pool(settings.redis_url.get_secret_value(), retries=0))
     return client
 
 
