@@ -27,10 +27,12 @@ PAGE = 50
 
 What = Literal["dead", "held"]
 
-_FIND = (
-    "select d.id, d.handler, d.lanes, d.keys, d.lsn, d.ordinal, d.source, d.payload, d.changes, d.attempts,"
+_COLUMNS = (
+    "d.id, d.handler, d.lanes, d.keys, d.lsn, d.ordinal, d.source, d.payload, d.changes, d.attempts,"
     " d.status, d.halts, d.redriven, d.error_class, d.error, d.traceback, d.hint, d.first_failed_at,"
     " d.last_failed_at, d.next_attempt_at, h.tables"
+)
+_MEANT = (
     " from tailrace.held d join tailrace.handlers h on h.name = d.handler"
     " where {what} and d.id > :after"
     " and (cast(:ids as bigint[]) is null or d.id = any(cast(:ids as bigint[])))"
@@ -40,8 +42,9 @@ _FIND = (
     " and (cast(:since as timestamptz) is null or d.last_failed_at >= :since)"
     " and (cast(:until as timestamptz) is null or d.last_failed_at < :until)"
     " and (cast(:table as text) is null or cast(:table as text) = any(h.tables))"
-    " order by d.id limit :most"
 )
+_FIND = f"select {_COLUMNS}{_MEANT} order by d.id limit :most"
+_COUNT = text(f"select count(*){_MEANT}".format(what="d.status = 'dead'"))
 # Texts of their own: as a parameter, what is meant would keep Postgres from its indexes.
 _FINDS: dict[What, TextClause] = {
     "dead": text(_FIND.format(what="d.status = 'dead'")),
@@ -172,6 +175,16 @@ async def find(
     found = found[:most]
     await _learn_keys(connection, found)
     return found
+
+
+async def count(connection: AsyncConnection, which: Which) -> int:
+    """Count dead letters, to tell how far one is with them.
+
+    Where a table is meant, those of its handlers for other tables are counted, too: of which table one is,
+    stands in its payload.
+    """
+    parameters = which._asdict() | {"ids": which.possible_ids, "after": _LOWEST}
+    return int((await connection.execute(_COUNT, parameters)).scalar_one())
 
 
 async def check_handler(connection: AsyncConnection, name: str) -> None:

@@ -123,12 +123,25 @@ class Operations:
         return done.told
 
     async def decide(
-        self, operator: Operator, action: Literal["redrive", "discard"], which: Which, *, dry_run: bool
+        self,
+        operator: Operator,
+        action: Literal["redrive", "discard"],
+        which: Which,
+        *,
+        dry_run: bool,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[dict[str, Any]]:
         """Redrive or discard all that are meant, in the order of their ids; `dry_run` only says which.
 
         Each is a decision of its own, though many are carried out together. What somebody else has decided
         meanwhile is left out; where one is refused, `refused` of it says why, and the others go on.
+
+        Args:
+            operator: who decides.
+            action: what is to be done.
+            which: those that are meant.
+            dry_run: nothing is done.
+            progress: is told now and then how many are done, of how many.
 
         Raises:
             Unknown: an id is none, or there is no such handler; nothing was done.
@@ -137,6 +150,8 @@ class Operations:
             found = {one["id"] for one in await self.find(which)}
             if missing := sorted(set(which.ids) - found):
                 raise dead_letters.unknown(missing)
+        async with self._engine.connect() as connection:
+            expected = await dead_letters.count(connection, which) if progress is not None else 0
         told: list[dict[str, Any]] = []
         after: int | None = None
         while page := await self._page(which, after, AT_ONCE):
@@ -147,6 +162,8 @@ class Operations:
                 told += await self._redriven(operator, page)
             else:
                 told += [await self._decided(operator, action, one.told()) for one in page]
+            if progress is not None:
+                progress(len(told), max(expected, len(told)))
         return told
 
     async def _page(

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -273,7 +273,15 @@ async def _supervise(commands: Sequence[Sequence[str]], seconds: float) -> int:
     return max((abs(code) for code in codes), default=0)
 
 
-def migrate(settings: Settings, sql: bool = False) -> int:  # noqa: FBT001, FBT002 - as the command line has it
+Steps = Callable[[int, int], None]
+"""Is told how many steps are done, of how many."""
+
+
+def migrate(
+    settings: Settings,
+    sql: bool = False,  # noqa: FBT001, FBT002 - as the command line has it
+    progress: Steps | None = None,
+) -> int:
     """Bring tailrace's own tables up to date, and then those of the handlers' packages.
 
     A package named in HANDLERS may have an Alembic environment in `migrations/`, with its own version table.
@@ -281,6 +289,7 @@ def migrate(settings: Settings, sql: bool = False) -> int:  # noqa: FBT001, FBT0
     Args:
         settings: where the database is.
         sql: print the SQL instead of running it.
+        progress: is told how many environments are done, of how many.
     """
     configure_logging(settings)
     if sql:
@@ -289,31 +298,36 @@ def migrate(settings: Settings, sql: bool = False) -> int:  # noqa: FBT001, FBT0
         alembic.command.upgrade(_config(OWN_MIGRATIONS), "head", sql=True)
         return 0
     try:
-        return asyncio.run(_migrate(settings))
+        return asyncio.run(_migrate(settings, progress))
     except DATABASE_ERRORS as error:
         raise ConfigurationError([f"{explain(error)}: nothing was migrated"]) from error
 
 
-async def _migrate(settings: Settings) -> int:
+async def _migrate(settings: Settings, progress: Steps | None) -> int:
     engine = make_engine(settings.database_url.get_secret_value(), name="tailrace migrate", size=1)
     try:
-        await upgrade(engine, settings)
+        await upgrade(engine, settings, progress)
     finally:
         await engine.dispose()
     return 0
 
 
-async def upgrade(engine: AsyncEngine, settings: Settings) -> None:
+async def upgrade(engine: AsyncEngine, settings: Settings, progress: Steps | None = None) -> None:
     """Do what `migrate` does, over an engine that is open."""
+    tell = progress or (lambda _done, _total: None)
+    folders = _handlers_migrations(settings.handlers)
+    tell(0, 1 + len(folders))
     async with engine.begin() as connection:
         # Two releases at once: the second waits, and finds nothing left to do.
         await connection.execute(text("select pg_advisory_xact_lock(hashtext('tailrace.migrate'))"))
         await connection.execute(text("create schema if not exists tailrace"))
         await connection.run_sync(_run_alembic, OWN_MIGRATIONS)
         await _publish_canary(connection, settings.publication)
-    for folder in _handlers_migrations(settings.handlers):
+    tell(1, 1 + len(folders))
+    for number, folder in enumerate(folders, 2):
         async with engine.begin() as connection:
             await connection.run_sync(_run_alembic, folder)
+        tell(number, 1 + len(folders))
 
 
 def _handlers_migrations(modules: Sequence[str]) -> list[Path]:

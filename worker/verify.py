@@ -6,7 +6,7 @@ copy of the slot is dropped again.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -103,8 +103,19 @@ class _Look(NamedTuple):
     floor: Position
 
 
-async def verify(settings: Settings, handlers: Sequence[Handler], catalogue: Catalogue) -> Recount:
+async def verify(
+    settings: Settings,
+    handlers: Sequence[Handler],
+    catalogue: Catalogue,
+    progress: Callable[[int, int], None] | None = None,
+) -> Recount:
     """Count again.
+
+    Args:
+        settings: where all is.
+        handlers: as loaded.
+        catalogue: of their tables.
+        progress: is told how many bytes of the log are decoded, of how many.
 
     Raises:
         sqlalchemy.exc.DBAPIError, OSError: Postgres is away.
@@ -112,7 +123,7 @@ async def verify(settings: Settings, handlers: Sequence[Handler], catalogue: Cat
     engine = make_engine(settings.database_url.get_secret_value(), name="tailrace verify", size=3)
     redis: Redis = Redis(connection_pool=connection_pool(settings.redis_url.get_secret_value(), retries=0))
     try:
-        one = _Verification(settings, engine, Lanes(redis, settings.queue), handlers, catalogue)
+        one = _Verification(settings, engine, Lanes(redis, settings.queue), handlers, catalogue, progress)
         try:
             return await one.run()
         except RedisError as error:
@@ -131,7 +142,9 @@ class _Verification:
         lanes: Lanes,
         handlers: Sequence[Handler],
         catalogue: Catalogue,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
+        self._progress = progress
         self._settings = settings
         self._engine = engine
         self._lanes = lanes
@@ -214,6 +227,8 @@ class _Verification:
                 async for batch in batches:
                     for position, raw in batch.changes:
                         changes += self._route(router, position, raw, routed)
+                    if self._progress is not None:
+                        self._progress(min(batch.read_to, end) - start, end - start)
                     if batch.read_to >= end and not batch.open:
                         break
         self.found.log = {"from": as_text(start), "to": as_text(end), "changes": changes}

@@ -1,7 +1,7 @@
 """The order of the examination: what needs nothing first, then the servers at the same time."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from config.settings import Settings
 from worker.check.clocks import examine_clocks
@@ -26,20 +26,36 @@ def settings_findings(unknown: Sequence[str]) -> list[Finding]:
     ]
 
 
-async def run_checks(settings: Settings) -> list[Finding]:
-    """Examine handlers, keys, servers and clocks. Raises for nothing it finds; ends in time."""
+async def run_checks(settings: Settings, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
+    """Examine handlers, keys, servers and clocks. Raises for nothing it finds; ends in time.
+
+    Args:
+        settings: where they are.
+        progress: is told how many examinations are done, of how many.
+    """
     findings, handlers = _load(settings)
     findings += examine_key(settings)
     tables = sorted({(one.schema, one.table) for handler in handlers for one in handler.subscriptions})
-    answers = await asyncio.gather(
-        _within("jwks", examine_published_keys(settings)),
-        _within("delivery", examine_delivery(settings)),
-        _within("pooler", examine_poolers(settings)),
-        _within("database", examine_database(settings, handlers)),
-        _within("redis", examine_redis(settings)),
-        _within("realtime", examine_realtime(settings, tables)),
-        _within("clocks", examine_clocks(settings)),
-    )
+    examinations = {
+        "jwks": examine_published_keys(settings),
+        "delivery": examine_delivery(settings),
+        "pooler": examine_poolers(settings),
+        "database": examine_database(settings, handlers),
+        "redis": examine_redis(settings),
+        "realtime": examine_realtime(settings, tables),
+        "clocks": examine_clocks(settings),
+    }
+    done = 0
+
+    async def examined(name: str, examination: Awaitable[list[Finding]]) -> list[Finding]:
+        nonlocal done
+        found = await _within(name, examination)
+        done += 1
+        if progress is not None:
+            progress(done, len(examinations))
+        return found
+
+    answers = await asyncio.gather(*(examined(*one) for one in examinations.items()))
     return findings + [found for answer in answers for found in answer]
 
 

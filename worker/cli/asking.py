@@ -12,6 +12,7 @@ import orjson
 from sqlalchemy.exc import SQLAlchemyError
 
 from config.settings import Settings
+from worker.cli.progress import progress
 from worker.database import explain, make_engine
 from worker.draining.workshop import load_handlers
 from worker.errors import TailraceError
@@ -63,7 +64,8 @@ async def _recount(settings: Settings) -> dict[str, Any]:
         handlers, catalogue = await load_handlers(settings, engine, "proven")
     finally:
         await engine.dispose()
-    return (await verify(settings, handlers, catalogue)).told()
+    with progress("counting the log again", "bytes") as tell:
+        return (await verify(settings, handlers, catalogue, tell)).told()
 
 
 def _of_listener(host: str, port: int) -> dict[str, Any] | None:

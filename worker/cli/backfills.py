@@ -6,12 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from worker.backfilling import Wanted
 from worker.cli import printing
 from worker.cli.operator import FINE, PROBLEMS, who, with_operations
+from worker.cli.progress import bars
 from worker.errors import ConfigurationError, Refused
 from worker.operating import Operations
 
@@ -56,7 +54,7 @@ def backfill(asked: Asked, *, as_json: bool) -> int:
             )
         watched = sys.stdout.isatty() and not as_json
         if not asked.cancel and (watched if asked.wait is None else asked.wait):
-            made = await _follow(operations, [one["id"] for one in made], shown=watched)
+            made = await _follow(operations, [one["id"] for one in made])
         printing.show_backfills(made, as_json=as_json)
         cancelled = not asked.cancel and any(one["state"] == "cancelled" for one in made)
         return PROBLEMS if cancelled else FINE
@@ -95,22 +93,15 @@ async def _resume(
     return [await operations.resume_backfill(one["id"], rate) for one in meant]
 
 
-async def _follow(operations: Operations, ids: Sequence[int], *, shown: bool) -> list[dict[str, Any]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(), disable=not shown) as progress:
-        bars = {id_: progress.add_task("", total=None, rate="") for id_ in ids}
+async def _follow(operations: Operations, ids: Sequence[int]) -> list[dict[str, Any]]:
+    with bars() as progress:
+        tasks = {id_: progress.add_task("", total=None, rate="") for id_ in ids}
         began = {one["id"]: (one["rows"], time.monotonic()) for one in await operations.backfills(ids)}
         while True:
             found = await operations.backfills(ids)
             for one in found:
                 progress.update(
-                    bars[one["id"]],
+                    tasks[one["id"]],
                     description=f"{one['handler']} {one['state']}",
                     completed=one["rows"],
                     total=_total(one),

@@ -16,6 +16,7 @@ from config.logging import configure_logging
 from config.settings import Settings, load_settings
 from worker.check.findings import Finding
 from worker.cli import printing
+from worker.cli.progress import progress
 from worker.errors import ConfigurationError
 
 FINE, PROBLEMS, MISUSE = 0, 1, 2
@@ -66,7 +67,8 @@ def _refuse_misuse(asked: Asked, *, as_json: bool) -> None:
 def _examine(settings: Settings) -> list[Finding]:
     from worker.check.rounds import run_checks, settings_findings  # noqa: PLC0415 - bad settings are told first
 
-    return [*settings_findings(unknown_settings()), *asyncio.run(run_checks(settings))]
+    with progress("examining") as tell:
+        return [*settings_findings(unknown_settings()), *asyncio.run(run_checks(settings, tell))]
 
 
 def _mend(

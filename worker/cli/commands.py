@@ -42,8 +42,10 @@ def migrate(*, sql: bool) -> int:
     """Run the migrations, or print their SQL."""
     settings = _settings()
     from worker import runtime  # noqa: PLC0415 - bad settings are told before anything is loaded
+    from worker.cli.progress import progress  # noqa: PLC0415 - the processes need none of it
 
-    return runtime.migrate(settings, sql=sql)
+    with progress("migrating") as tell:
+        return runtime.migrate(settings, sql=sql, progress=tell)
 
 
 def handlers(*, as_json: bool) -> int:

@@ -23,6 +23,7 @@ from config.settings import Settings, load_settings
 from worker import loader
 from worker.asked import Operator, Which, which
 from worker.cli import printing
+from worker.cli.progress import progress
 from worker.database import explain, make_engine
 from worker.errors import ConfigurationError, Refused
 from worker.lanes import Lane
@@ -103,7 +104,11 @@ def decide(wanted: Wanted, decision: Decision, *, as_json: bool) -> int:
         if record is not None and not decision.dry_run:
             told = [await operations.redrive(operator, wanted.ids[0], record)]
         else:
-            told = await operations.decide(operator, decision.action, meant, dry_run=decision.dry_run)
+            verb = {"redrive": "redriving", "discard": "discarding"}[decision.action]
+            with progress(verb) as tell:
+                told = await operations.decide(
+                    operator, decision.action, meant, dry_run=decision.dry_run, progress=tell
+                )
         printing.show_dead_letters(told, as_json=as_json)
         refused = [one["refused"] for one in told if "refused" in one]
         for reason in refused:
