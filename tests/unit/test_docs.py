@@ -47,8 +47,6 @@ READERS: dict[str, Callable[[str], object]] = {
 }
 """What a block in this language must be understood by."""
 
-OF_THE_STANDIN = {"standin/README.md"}
-
 RUN_BY = {
     "README.md": "tests/e2e/test_readme.py",
     "docs/incidents.md": "tests/unit/test_docs.py",
@@ -59,6 +57,7 @@ RUN_BY = {
     "docs/tutorial.md": "tests/e2e/test_docs_tutorial.py",
     "docs/testing.md": "tests/kit/test_docs_testing.py",
     "docs/webhooks.md": "tests/integration/test_hooks.py",
+    "standin/README.md": "tests/conformance/test_docs_standin.py",
 }
 """Which test runs the Python and SQL of a page. Here all of it is compiled, and handlers are loaded."""
 
@@ -180,7 +179,7 @@ def test_what_is_shown_of_files_can_be_read(block: Block) -> None:
     READERS[block.language](block.text)
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in blocks("python", "sql")} - OF_THE_STANDIN))
+@pytest.mark.parametrize("page", sorted({block.page for block in blocks("python", "sql")}))
 def test_python_and_sql_of_a_page_is_run_by_a_test(page: str) -> None:
     path = ROOT / RUN_BY[page]
     assert path.exists()
