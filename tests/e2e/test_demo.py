@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 
 from examples.main import configured
+from tests.leaks import written
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 90
@@ -91,6 +92,15 @@ class Running:
         """Name the log files in the demo's folder."""
         return {path.name for path in self.folder.glob("*.log")}
 
+    def hear(self) -> None:
+        """Have the logs of its processes searched for secrets.
+
+        The stand-in's tells the local keys on purpose, and the demo itself the address of its database.
+        """
+        for log in self.folder.glob("*.log"):
+            if log.name != "stand-in.log":
+                written.heard(log.name, log.read_text(errors="replace"))
+
     @property
     def text(self) -> str:
         return "\n".join(self.lines)
@@ -120,6 +130,7 @@ async def demo(folder: Path, *options: str) -> AsyncIterator[Running]:
         if process.returncode is None:
             process.kill()
             await running.ended()
+        running.hear()
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.leaks import written
 from tests.pages import Block, blocks
 from tests.stack import DEADLINE_SECONDS, ROOT, Process, Project, Servers, project
 
@@ -87,6 +88,7 @@ class Reader:
         async with asyncio.timeout(DEADLINE_SECONDS):
             out, errors = await process.communicate()
         self.shown = (out + errors).decode()
+        written.heard(line, self.shown)
         self.code = process.returncode
 
     async def compare(self, text: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.leaks import written
 from tests.stack import ROOT
 
 DEADLINE_SECONDS = 150.0
@@ -29,5 +30,7 @@ async def run_pytest(folder: Path, *arguments: str, **environment: str) -> tuple
     except TimeoutError:
         process.kill()
         output, _ = await process.communicate()
+        written.heard("pytest", output.decode())
         pytest.fail(f"pytest does not end: {output.decode()[-3000:]}")
+    written.heard("pytest", output.decode())
     return process.returncode or 0, output.decode()

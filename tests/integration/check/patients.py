@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from config.settings import Settings, load_settings
 from standin.embedded import EmbeddedPostgres, EmbeddedRedis
 from standin.server import Standin
+from tests.leaks import written
 from worker.check.findings import Finding, Fix
 from worker.check.fixing import Done, fix, fixes_of
 from worker.check.rounds import run_checks
@@ -103,6 +104,8 @@ class Patients(NamedTuple):
         )
         output, errors = await asyncio.wait_for(process.communicate(), 120)
         assert process.returncode is not None
+        written.given(self.environment(**settings))
+        written.heard(f"python -m worker {' '.join(arguments)}", (output + errors).decode())
         return process.returncode, output.decode(), errors.decode()
 
     async def findings(self, **settings: str) -> list[Finding]:
