@@ -137,11 +137,11 @@ class Tunables(BaseSettings):
     )
     batch: int = _setting(
         "WORKER_BATCH",
-        default=500,
+        default=1000,
         ge=1,
         le=100_000,
         unit="changes",
-        reason="Most changes in one transaction: with a few hundred the commit no longer dominates, and more"
+        reason="Most changes in one transaction: with so many its own cost no longer shows, and more"
         " only make a retry dearer.",
     )
     max_backlog: int = _setting(

@@ -54,6 +54,10 @@ class Blocked:
         self.keys = set(keys)
         self.everything = everything
 
+    def __bool__(self) -> bool:
+        """Tell whether there are any."""
+        return self.everything or bool(self.keys)
+
     def holds_back(self, keys: Sequence[bytes]) -> bool:
         """Tell whether a change with these keys has to wait; without keys it waits for any."""
         return self.everything or not self.keys.isdisjoint(keys) or (not keys and bool(self.keys))

@@ -63,7 +63,7 @@ def test_a_complete_environment_gives_typed_settings_with_the_documented_default
     assert (settings.jwt_secret, settings.database_direct_url) == (None, None)
     assert settings.handlers == ("handlers",)
     assert (settings.port, settings.health_host, settings.health_port) == (8080, "127.0.0.1", None)
-    assert (settings.delivery, settings.lanes, settings.batch) == ("auto", 16, 500)
+    assert (settings.delivery, settings.lanes, settings.batch) == ("auto", 16, 1000)
     assert (settings.max_backlog, settings.max_backlog_bytes) == (100_000, 256 * 1024 * 1024)
     assert (settings.lane_backlog, settings.max_attempts) == (20_000, 8)
     assert (settings.backoff_seconds, settings.backoff_max_seconds) == (1, 600)

@@ -68,6 +68,8 @@ class Applying:
 
     def cut(self, turn: Turn, batch: Sequence[Read]) -> Sequence[Read]:
         """End a batch at the first entry that is known to take the transaction with it."""
+        if not turn.spoilers:
+            return batch
         for n, read in enumerate(batch):
             identities: Iterable[object] = (
                 read.entry.keys if self.handler.kind == "derive" else (read.position,)
@@ -92,7 +94,7 @@ class Applying:
             await self.decoder.doubt(turn.session)
         waiting = turn.row.holding + turn.progress.holding[turn.lane.number]
         blocked = Blocked()
-        if waiting > 0 or any(len(read.entry.lanes) > 1 for read in batch):
+        if waiting > 0 or max([len(read.entry.lanes) for read in batch]) > 1:
             keys = sorted({key for read in batch for key in read.entry.keys})
             if keys:
                 blocked = await held.held_keys(turn.session, self.handler.name, keys)
@@ -148,7 +150,7 @@ class Applying:
             await self._read_each(turn, batch, readable, unreadable)
         free: list[Read] = []
         verdicts: list[_Verdict] = []
-        for read in batch:
+        for read in batch if turn.careful or blocked else ():
             behind = blocked.holds_back(read.entry.keys)
             if not behind and read.position not in unreadable:
                 free.append(read)
@@ -156,7 +158,7 @@ class Applying:
             verdicts.append(_Verdict(read, None if behind else unreadable[read.position]))
             blocked.add(read.entry.keys)
         if not turn.careful:
-            items = await self._decoded(turn, free)
+            items = await self._decoded(turn, free if blocked else batch)
             await self.whole(self.changes_call(turn), items)
             applied = items
         else:
@@ -172,7 +174,8 @@ class Applying:
             verdicts += [_Verdict(item.read, None) for item in outcome.behind + outcome.untried]
         turn.progress.applied += len(applied)
         turn.progress.tell("applied", (item.read.position for item in applied))
-        turn.progress.done += [Applied(item.read.entry.keys, item.read.position) for item in applied]
+        if turn.may_overtake:
+            turn.progress.done += [Applied(item.read.entry.keys, item.read.position) for item in applied]
         # The order of a key is the order in which its changes are held.
         verdicts.sort(key=lambda one: one.read.position)
         await self._hold(turn, [(_kept(one.read), one.failure) for one in verdicts])
@@ -236,10 +239,11 @@ class Applying:
 
         async def call(items: Sequence[Item]) -> None:
             # Positions alone repeat after a restore; and what had failed before it is still the same change.
-            histories = {item.change.position: item.history or turn.source.history for item in items}
+            histories = {item.change.position: item.history for item in items if item.history is not None}
 
             def name(change: Change) -> str:
-                return f"{histories[change.position]}:{self.handler.name}:{change.position}"
+                history = histories.get(change.position) or turn.source.history
+                return f"{history}:{self.handler.name}:{change.position}"
 
             await self._caller.changes(turn.session, [item.change for item in items], name)
 

@@ -100,22 +100,28 @@ class Drain:
 
     async def _timed(self, lane: Lane, news: News | None) -> Progress:
         began = time.monotonic()
-        full = False
+        full, taken = False, self._most
         try:
             async with self._entries.gate.passing():
                 progress = await self._until_applied(lane, news)
-            full = progress.ended is Pass.MORE and progress.applied > 0
+            full, taken = progress.ended is Pass.MORE and progress.applied > 0, progress.read or taken
             return progress
         finally:
-            self._adapt(time.monotonic() - began, full=full)
+            self._adapt(time.monotonic() - began, taken, full=full)
 
-    def _adapt(self, seconds: float, *, full: bool) -> None:
+    def _adapt(self, seconds: float, taken: int, *, full: bool) -> None:
         """Take as many changes at once as are applied in about a second.
 
         The transaction keeps the lane's row locked and must end well before the job's time does.
+
+        Args:
+            seconds: that a pass took.
+            taken: changes of it.
+            full: there was more to be taken.
         """
         if seconds > SLOW_PASS_SECONDS:
-            self._most = max(1, self._most // 4)
+            # By what it took itself: passes over several lanes were slow together, and are not to count each.
+            self._most = min(self._most, max(1, taken // 4))
         elif full and seconds < SLOW_PASS_SECONDS / 4:
             self._most = min(self._batch, self._most * 2)
 
@@ -202,9 +208,7 @@ class Drain:
                 await positions.move(session, lane, to[number], moved)
             elif holding[number] or parked[number]:
                 await positions.count_waiting(session, lane, holding[number], parked[number])
-        # Only a pass that calls again, or with care, makes a dead letter.
-        may_overtake = turn.source.has_dead or turn.careful or progress.retried
-        if may_overtake and self.handler.kind == "change":
+        if turn.may_overtake and self.handler.kind == "change":
             await overtaking.note(session, handler, progress.done)
 
     async def _ask_reread(self, lane: Lane) -> Progress:

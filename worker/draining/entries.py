@@ -174,10 +174,10 @@ class Entries:
 
     async def _with_payloads(self, turn: Turn, reads: list[Read]) -> list[Read]:
         """Give entries their payloads where those are in Postgres; cut off what is too much at once."""
+        if not any(read.entry.stored for read in reads):
+            return reads
         reads = list(payloads.fitting(reads))
         stored = [read for read in reads if read.entry.stored]
-        if not stored:
-            return reads
         generation, handler = str(turn.source.generation), turn.lane.handler
         found = await payloads.fetch(turn.session, generation, handler, stored)
         if len(found) < len(stored) and turn.source.delivery == "proven":
@@ -187,11 +187,8 @@ class Entries:
     async def _seen(self, turn: Turn, reads: list[Read]) -> list[Read]:
         """Cut off what is decoded but cannot be seen yet: a handler would compute from the old state."""
         snapshot = turn.source.snapshot
-        doubtful = {
-            xid
-            for read in reads
-            if (xid := read.entry.xid) is not None and (snapshot is None or not snapshot.shows(xid))
-        }
+        xids = {read.entry.xid for read in reads}
+        doubtful = {xid for xid in xids if xid is not None and (snapshot is None or not snapshot.shows(xid))}
         if not doubtful:
             return reads
         # The entries were read after the snapshot was taken.

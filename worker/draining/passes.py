@@ -112,6 +112,11 @@ class Turn:
     notes: Notes | None = None
     """Of a lane over which a worker has died: one call at a time, each noted."""
 
+    @property
+    def may_overtake(self) -> bool:
+        """What is applied may overtake dead letters: some exist, or this pass calls again or with care."""
+        return self.source.has_dead or self.careful or self.progress.retried
+
     def holds(self, lanes: tuple[int, ...], rows: int) -> None:
         """Count held rows of lanes."""
         for number in lanes:

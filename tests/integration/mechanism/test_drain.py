@@ -196,7 +196,7 @@ async def test_a_pass_grows_while_it_is_quick_and_shrinks_when_it_is_slow(at: Be
     lane = await fill(at, 1, range(200))
 
     async def applied(seconds: float, *, full: bool) -> int:
-        drain._adapt(seconds, full=full)
+        drain._adapt(seconds, drain._most, full=full)
         most = drain._most
         assert (await drain.run(lane)).applied == most
         drain._most = most
@@ -208,8 +208,11 @@ async def test_a_pass_grows_while_it_is_quick_and_shrinks_when_it_is_slow(at: Be
     assert await applied(0.1, full=False) == 4  # an empty pass says nothing about the handler
     assert await applied(1.0, full=True) == 4
     drain._most = 64
-    drain._adapt(0.1, full=True)
+    drain._adapt(0.1, 64, full=True)
     assert drain._most == 100
+    for _ in range(8):  # over as many lanes at once, which had the processor to share
+        drain._adapt(10.0, 80, full=True)
+    assert drain._most == 20
 
 
 async def _sql_error(session: AsyncSession) -> None:
