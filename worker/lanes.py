@@ -254,7 +254,7 @@ class Lanes:
         reads: list[Read] = []
         size, more = 0, False
         while found:
-            for id_, (name, content) in found:
+            for id_, (name, content, *_) in found:
                 if (decode := FORMATS.get(name)) is None:
                     return _up_to_newer(lane, reads, int(park_to or 0), name)
                 reads.append(Read(Position.of_id(id_), decode(content)))
