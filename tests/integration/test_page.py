@@ -350,15 +350,17 @@ async def test_whatever_names_rows_and_errors_hold_is_shown_as_text(page: Page) 
         for name in ("Details of 1", "Discard 1"):
             await page.js(f"document.querySelector('[aria-label=\"{name}\"]').click()")
             await page.until(DIALOG)
-            assert HOSTILE in await page.js("document.querySelector('dialog').textContent")
-            await page.js("document.querySelector('dialog').close()")
+            assert HOSTILE in await page.js("document.querySelector('dialog[open]').textContent")
+            await page.js("document.querySelector('dialog[open]').close()")
             await page.until(f"!{DIALOG}")
         await page.js("document.querySelector('#handlers button[aria-label^=Pause]').click()")
         await page.until(DIALOG)
         await page.write("refused")
         await page.press("Enter")
-        await page.until("document.querySelector('dialog [role=alert]').textContent.includes('no lane key')")
-        assert HOSTILE in await page.js("document.querySelector('dialog [role=alert]').textContent")
+        await page.until(
+            "document.querySelector('dialog[open] [role=alert]').textContent.includes('no lane key')"
+        )
+        assert HOSTILE in await page.js("document.querySelector('dialog[open] [role=alert]').textContent")
         shown = await page.js("document.body.textContent")
         assert shown.count(HOSTILE) > 30
         made = await page.js(
@@ -398,6 +400,23 @@ async def test_the_policy_stops_what_would_write_html(page: Page) -> None:
 
 
 @in_a_browser
+async def test_what_nobody_knows_is_no_zero(page: Page) -> None:
+    told = Told()
+    async with dashboard(told, every_seconds=0.1) as served:
+        await page.goto(served.url)
+        await page.until("document.querySelector('#tiles').innerText.includes('queued\\n0')")
+        one = next(iter(told.handlers.values()))
+        one |= {"queued": None, "queued_bytes": None, "lanes": one["lanes"] | {"queued": None}}
+        told.parts = {"workers": [], "counts": state()["counts"] | {"backlog": None}}  # Redis is away
+        await page.until("document.querySelector('#tiles').innerText.includes('queued\\n?')")
+        assert "workers\n?" in await page.text("#tiles")
+        told.broken = True
+        await page.until("document.querySelector('#reasons').innerText.includes('RuntimeError')")
+        assert await page.text("#ready") == "not ready"
+        assert await page.js(ROWS) == 1
+
+
+@in_a_browser
 async def test_values_are_hidden_until_they_are_asked_for(page: Page) -> None:
     desk = Remembering(2)
     desk.keys = ["secret key"]
@@ -414,7 +433,7 @@ async def test_values_are_hidden_until_they_are_asked_for(page: Page) -> None:
         assert "secret" not in before
         assert "builtins.ValueError" in before
         assert "Let the handler take it." in before
-        await page.js("[...document.querySelectorAll('dialog button')][0].click()")
+        await page.js("[...document.querySelectorAll('dialog[open] button')][0].click()")
         shown = await page.js("document.body.textContent")
         for one in ("secret row value 2", "secret note", "secret key", "Traceback", "9007199254740993"):
             assert one in shown, one
@@ -431,7 +450,7 @@ async def test_a_token_stays_in_its_tab_and_is_sent_as_a_header(page: Page) -> N
     async with dashboard(Told(), Remembering(1), every_seconds=0.1) as served:
         await page.goto(served.url)
         await sign_in(page, "no token at all")
-        await page.until("document.querySelector('dialog [role=alert]').textContent.includes('JWT')")
+        await page.until("document.querySelector('dialog[open] [role=alert]').textContent.includes('JWT')")
         await page.press("Escape")
         await page.until(f"!{DIALOG}")
         assert await page.focused() == "sign"
@@ -495,8 +514,8 @@ async def test_dead_letters_are_decided_about_by_keyboard(page: Page) -> None:
         await page.until(DIALOG)
         await page.tab_to("Redrive with other values")
         await page.press("Enter")
-        await page.until("document.querySelector('dialog textarea')")
-        await page.js("document.querySelector('dialog textarea').select()")
+        await page.until("document.querySelector('dialog[open] textarea')")
+        await page.js("document.querySelector('dialog[open] textarea').select()")
         await page.write('{"large": 9007199254740993}')
         await page.tab_to("Redrive")
         await page.press("Enter")
