@@ -235,8 +235,8 @@ async def test_a_master_that_dies_is_replaced_and_nothing_is_lost_or_doubled(
         await (await shop.listener(wait=False)).said("listening")
         await shop.worker()
         writer = Writer(shop, seed=32)
-        writing = asyncio.create_task(writer.write(2_000, pace=0.004), name="test: writer")
-        await shop.until("select count(*) >= 300 from derived_log", value=True)
+        writing = asyncio.create_task(writer.write(800, pace=0.004), name="test: writer")
+        await shop.until("select count(*) >= 200 from derived_log", value=True)
         await redis.first.kill()
         await writing
         await settled(shop, writer)
