@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.settings import Settings
 from worker.check.findings import Finding
 from worker.database import make_engine
+from worker.queue import connection_pool
 
 NOTICED_SECONDS = 2.0
 REFUSED_SECONDS = 10.0
@@ -94,8 +95,8 @@ async def _postgres(settings: Settings) -> Clock | None:
 
 async def _redis(settings: Settings) -> Clock | None:
     try:
-        url = settings.redis_url.get_secret_value()
-        async with Redis.from_url(url, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT) as client:
+        pool = connection_pool(settings.redis_url.get_secret_value(), retries=0)
+        async with Redis.from_pool(pool) as client:
             await client.ping()
             before = time.time()
             seconds, micro = await client.time()

@@ -17,6 +17,8 @@ from worker.wal.slot import judge, read_permission, read_server, read_slot
 
 async def examine_delivery(settings: Settings) -> list[Finding]:
     """Return what is to be said of WORKER_DELIVERY, and of the replication slots."""
+    if settings.delivery == "webhooks" and settings.hook_secret is None:
+        return [Finding("delivery", "problem", UNPROTECTED)]
     engine = make_engine(settings.database_url.get_secret_value(), name="tailrace check", size=1)
     try:
         async with engine.connect() as connection:
@@ -50,8 +52,6 @@ async def chosen(settings: Settings, connection: AsyncConnection) -> Choice:
 
 
 async def _choice(settings: Settings, connection: AsyncConnection) -> tuple[list[Finding], bool]:
-    if settings.delivery == "webhooks" and settings.hook_secret is None:
-        return [Finding("delivery", "problem", UNPROTECTED)], False
     try:
         choice = await chosen(settings, connection)
     except ConfigurationError as error:

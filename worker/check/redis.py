@@ -79,11 +79,13 @@ async def _is_alone(client: Redis, told: dict[str, Any], queue: str) -> bool:
     """Tell whether all that this Redis holds is ours: then nobody else minds how it evicts."""
     if sum(1 for name in told if name.startswith("db") and name[2:].isdigit()) > 1:
         return False
-    ours = (queue.encode(), b"arq:")
+    name = queue.encode()
+    # arq keeps jobs of all queues under the same names; the queue of another one is no key of ours.
+    ours = (name + b":", b"arq:job:", b"arq:in-progress:", b"arq:retry:")
     looked = 0
     async for key in client.scan_iter(count=_KEYS):
         looked += 1
-        if not key.startswith(ours) or looked > _KEYS:
+        if not (key == name or key.startswith(ours)) or looked > _KEYS:
             return False
     return True
 

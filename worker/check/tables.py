@@ -114,6 +114,10 @@ def _finding(problem: str, relations: Mapping[tuple[str, str], Any]) -> Finding:
             detail = problem.partition("; ")[0]
             remedy = f"{qualified} is {_KINDS[row.kind]}, which has no changes: follow the tables behind it"
             return Finding(name, "problem", detail, remedy)
+        if f"{qualified} is not in publication" in problem and row.kind == "p":
+            detail = f"{problem.partition('; ')[0]}: it is partitioned, and changes come as its partitions'"
+            remedy = "name the partitions in the handler, one decorator for each, and publish them"
+            return Finding(name, "problem", detail, remedy)
         if f"{qualified} has no primary key" in problem:
             return Finding(name, "problem", problem.partition("; run: ")[0], _key(row))
     detail, found, remedy = problem.partition("; run: ")

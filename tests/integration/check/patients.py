@@ -4,8 +4,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,8 +87,18 @@ class Patients(NamedTuple):
         finally:
             await connection.close()
 
-    async def tailrace(self, *arguments: str, shifted: float = 0.0, **settings: str) -> tuple[int, str, str]:
-        """Run a command to its end, perhaps by a wrong clock: its exit code, what it printed, its errors."""
+    async def tailrace(
+        self, *arguments: str, shifted: float = 0.0, answer: str = "", **settings: str
+    ) -> tuple[int, str, str]:
+        """Run a command to its end: its exit code, what it printed, its errors.
+
+        Args:
+            arguments: of `python -m worker`.
+            shifted: seconds by which its clock is ahead.
+            answer: what a person types at a terminal; where nothing, there is no terminal.
+            settings: as in its environment.
+        """
+        person, its = os.openpty() if answer else (-1, asyncio.subprocess.DEVNULL)
         clock = f"import time; true = time.time; time.time = lambda: true() + {shifted}"
         entry = ["-c", f"{clock}; from worker.__main__ import main; main()"] if shifted else ["-m", "worker"]
         own = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -98,15 +108,31 @@ class Patients(NamedTuple):
             *arguments,
             cwd=self.directory,
             env=own | {"PYTHONPATH": str(ROOT)} | self.environment(**settings),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=its,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
+        if answer:
+            os.close(its)
+            os.write(person, f"{answer}\n".encode())
         output, errors = await asyncio.wait_for(process.communicate(), 120)
+        if answer:
+            os.close(person)
         assert process.returncode is not None
         written.given(self.environment(**settings))
         written.heard(f"python -m worker {' '.join(arguments)}", (output + errors).decode())
         return process.returncode, output.decode(), errors.decode()
+
+    @asynccontextmanager
+    async def server(self, **settings: object) -> AsyncIterator[None]:
+        """Run the same cluster with other settings for a while."""
+        await self.postgres.stop()
+        ours = {"max_slot_wal_keep_size": "2GB"} | settings
+        try:
+            async with EmbeddedPostgres(self.postgres.data_dir, port=self.postgres.port, settings=ours):
+                yield
+        finally:
+            await self.postgres.start()
 
     async def findings(self, **settings: str) -> list[Finding]:
         """Examine here: a process for each would take most of the time."""

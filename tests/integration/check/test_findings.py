@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import shutil
 import time
 
 import jwt
@@ -10,6 +12,8 @@ from redis.asyncio import Redis
 
 from standin.server import LOCAL_JWT_SECRET
 from tests.integration.check.patients import Patients
+from tests.integration.wal.pooler import pooled
+from worker.check import slots
 from worker.check.clocks import Clock, judge_clocks
 from worker.check.findings import Finding
 
@@ -171,18 +175,21 @@ async def test_a_direct_url_that_is_away(healthy: Patients) -> None:
 
 
 async def test_connections_that_run_short(healthy: Patients) -> None:
-    await healthy.postgres.stop()
-    limited = type(healthy.postgres)(
-        healthy.postgres.data_dir,
-        port=healthy.postgres.port,
-        settings={"max_slot_wal_keep_size": "2GB", "max_connections": 14},
-    )
-    try:
-        async with limited:
-            (found,) = [one for one in await healthy.wrong() if one.name == "database"]
-    finally:
-        await healthy.postgres.start()
+    async with healthy.server(max_connections=14):
+        (found,) = of("database", await healthy.wrong())
     assert "connections are in use" in found.detail
+
+
+async def test_a_partitioned_table_whose_changes_come_under_other_names(healthy: Patients) -> None:
+    await healthy.sql(
+        "drop table public.orders",
+        "create table public.orders (id bigint primary key, customer_id bigint) partition by range (id)",
+        "create table public.orders_1 partition of public.orders for values from (0) to (1000)",
+        "alter publication supabase_realtime add table public.orders",
+    )
+    found = [one for one in of("tables", await healthy.problems()) if "not in publication" in one.detail]
+    assert found
+    assert all("name the partitions in the handler" in one.remedy and not one.fixes for one in found)
 
 
 # The delivery and its slots
@@ -251,9 +258,77 @@ async def test_what_our_own_slot_keeps(healthy: Patients) -> None:
     assert not any(one.fixes for one in findings)
 
 
-async def test_how_long_the_log_is_kept_at_the_usual_rate(healthy: Patients) -> None:
+async def test_how_long_the_log_is_kept_at_the_usual_rate(
+    healthy: Patients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (unknown,) = of("max_slot_wal_keep_size", await healthy.findings(WORKER_DELIVERY="proven"))
+    assert (unknown.state, unknown.detail) == ("ok", "2GB")  # statistics are young
+    monkeypatch.setattr(slots, "LEAST_SAMPLE_SECONDS", 0)
     (known,) = of("max_slot_wal_keep_size", await healthy.findings(WORKER_DELIVERY="proven"))
-    assert (known.state, known.detail) == ("ok", "2GB")
+    assert known.state == "ok"
+    assert re.fullmatch(
+        r"2GB: at .* of log a minute, the average, enough for [\d.]+ (hours|days)", known.detail
+    )
+    monkeypatch.setattr(slots, "LEAST_HOURS", 1e9)
+    (short,) = of("max_slot_wal_keep_size", await healthy.findings(WORKER_DELIVERY="proven"))
+    assert short.state == "warning"
+    assert re.match(r"run: alter system set max_slot_wal_keep_size = '\d+GB'; select pg_reload", short.remedy)
+
+
+async def test_a_server_that_cannot_be_decoded(healthy: Patients) -> None:
+    nowhere = {"REALTIME_URL": "ws://127.0.0.1:1/socket"}  # the stand-in would take its time to give up
+    async with healthy.server(wal_level="replica"):
+        found = await healthy.problems(**nowhere)
+        proven = await healthy.problems(**nowhere, WORKER_DELIVERY="proven")
+    (problem,) = of("database", found)
+    assert problem.detail == "wal_level is replica; Realtime needs logical"
+    assert "alter system set wal_level = logical" in problem.remedy
+    (delivery,) = of("delivery", proven)
+    assert "wal_level is replica" in delivery.detail
+
+
+async def test_a_slot_that_has_lost_its_log_and_a_server_without_limits(healthy: Patients) -> None:
+    await healthy.sql(
+        "select pg_create_logical_replication_slot('tailrace', 'pgoutput')",
+        "select pg_create_logical_replication_slot('of_others', 'pgoutput')",
+    )
+    try:
+        async with healthy.server(max_slot_wal_keep_size="1MB", idle_replication_slot_timeout="1d"):
+            for _ in range(4):
+                await healthy.sql(
+                    "create table filler as select 1", "drop table filler", "select pg_switch_wal()"
+                )
+            await healthy.sql("checkpoint")
+            found = await healthy.wrong(WORKER_DELIVERY="proven")
+        async with healthy.server(max_slot_wal_keep_size="-1"):
+            unlimited = await healthy.wrong(WORKER_DELIVERY="proven")
+    finally:
+        await healthy.sql(
+            "select pg_drop_replication_slot(slot_name) from pg_replication_slots where not active"
+        )
+    (own,) = of("slot", found)
+    assert (own.state, 'the replication slot "tailrace" has lost the log' in own.detail) == ("warning", True)
+    others, idle = of("slots", found)
+    assert '"of_others" (pgoutput) has lost its log' in others.detail
+    assert "idle_replication_slot_timeout is 1d" in idle.detail
+    (limit,) = of("max_slot_wal_keep_size", unlimited)
+    assert "until the disk is full" in limit.detail
+    assert "alter system set max_slot_wal_keep_size = '4GB'" in limit.remedy
+
+
+@pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="pgbouncer is not installed")
+async def test_what_stands_between_us_and_postgres(healthy: Patients) -> None:
+    async with pooled(healthy.postgres.dsn(), size=20) as pooler:
+        found = await healthy.findings(DATABASE_URL=pooler, WORKER_DELIVERY="proven")
+        wrong = await healthy.wrong(DATABASE_DIRECT_URL=pooler, WORKER_DELIVERY="proven")
+    (way,) = of("pooler", found)
+    assert (way.state, way.detail) == ("ok", "DATABASE_URL is a transaction pooler")
+    (delivery,) = of("delivery", found)
+    assert "read in windows by SQL" in delivery.detail
+    assert "DATABASE_DIRECT_URL" in delivery.remedy
+    (direct,) = of("pooler", wrong)
+    assert direct.state == "warning"
+    assert "DATABASE_DIRECT_URL leads to a transaction pooler" in direct.detail
 
 
 # Redis

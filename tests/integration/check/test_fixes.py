@@ -366,3 +366,15 @@ async def test_nobody_is_asked_where_there_is_no_terminal(healthy: Patients) -> 
     assert unasked[0] == alone[0] == 2
     assert "--fix needs --yes" in unasked[2]
     assert "belong to --fix" in alone[2]
+
+
+async def test_a_person_is_asked_first_and_shown_what_would_be_run(healthy: Patients) -> None:
+    await healthy.sql("alter table public.orders replica identity default")
+    statement = "alter table public.orders replica identity full;"
+    code, output, _ = await healthy.tailrace("check", "--fix", answer="n")
+    assert code == 1
+    assert f"to be run:\n  {statement}\nRun this? [y/N]" in output
+    assert "nothing was run" in output
+    code, output, _ = await healthy.tailrace("check", "--fix", answer="y")
+    assert code == 0
+    assert f"ran      {statement}" in output
