@@ -315,7 +315,7 @@ async def _migrate(settings: Settings, progress: Steps | None) -> int:
 async def upgrade(engine: AsyncEngine, settings: Settings, progress: Steps | None = None) -> None:
     """Do what `migrate` does, over an engine that is open."""
     tell = progress or (lambda _done, _total: None)
-    folders = _handlers_migrations(settings.handlers)
+    folders = handlers_migrations(settings.handlers)
     tell(0, 1 + len(folders))
     async with engine.begin() as connection:
         # Two releases at once: the second waits, and finds nothing left to do.
@@ -330,7 +330,7 @@ async def upgrade(engine: AsyncEngine, settings: Settings, progress: Steps | Non
         tell(number, 1 + len(folders))
 
 
-def _handlers_migrations(modules: Sequence[str]) -> list[Path]:
+def handlers_migrations(modules: Sequence[str]) -> list[Path]:
     """Find the Alembic environments of the packages of handlers."""
     folders = []
     for name in modules:

@@ -14,7 +14,8 @@ from config.settings import Settings
 from worker.catalogue import read_catalogue
 from worker.check.access import examine_grants, examine_roles, examine_row_security
 from worker.check.delivery import chosen
-from worker.check.findings import Finding, Fix
+from worker.check.environments import FIX, examine_environment
+from worker.check.findings import Finding
 from worker.check.tables import CANARY, examine_publication, examine_tables
 from worker.connecting import TRANSACTION_POOLER_PORT, connection_of
 from worker.database import explain, make_engine
@@ -43,13 +44,22 @@ _SERVER = text(
 _REVISION = text("select version_num from tailrace.migration")
 
 
-async def examine_database(settings: Settings, handlers: Sequence[Handler]) -> list[Finding]:
-    """Return what is to be said of the database and of the handlers' tables in it."""
+async def examine_database(
+    settings: Settings, handlers: Sequence[Handler], environments: Sequence[Path]
+) -> list[Finding]:
+    """Return what is to be said of the database and of the handlers' tables in it.
+
+    Args:
+        settings: where it is.
+        handlers: as loaded.
+        environments: folders of the handlers' own Alembic environments.
+    """
     engine = make_engine(settings.database_url.get_secret_value(), name="tailrace check", size=1)
     try:
         async with engine.connect() as connection:
             findings = await _examine_server(connection)
             findings.append(await _examine_migrations(connection))
+            findings += [await examine_environment(connection, folder) for folder in environments]
             wanted = sorted(
                 {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
             )
@@ -99,7 +109,7 @@ async def _examine_migrations(connection: AsyncConnection) -> Finding:
     script = ScriptDirectory(str(_MIGRATIONS))
     wanted = set(script.get_heads())
     present = await connection.scalar(text("select to_regclass('tailrace.migration') is not null"))
-    fixes = (Fix("migrate", "python -m worker migrate"),)
+    fixes = (FIX,)
     if not present:
         return Finding("migrations", "problem", "Tailrace's tables are missing", _MIGRATE, fixes)
     applied = set((await connection.execute(_REVISION)).scalars())

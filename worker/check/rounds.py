@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 from config.settings import Settings
 from worker.check.clocks import examine_clocks
@@ -26,12 +27,17 @@ def settings_findings(unknown: Sequence[str]) -> list[Finding]:
     ]
 
 
-async def run_checks(settings: Settings, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
+async def run_checks(
+    settings: Settings,
+    progress: Callable[[int, int], None] | None = None,
+    environments: Sequence[Path] = (),
+) -> list[Finding]:
     """Examine handlers, keys, servers and clocks. Raises for nothing it finds; ends in time.
 
     Args:
         settings: where they are.
         progress: is told how many examinations are done, of how many.
+        environments: folders of the handlers' own Alembic environments.
     """
     findings, handlers = _load(settings)
     findings += examine_key(settings)
@@ -40,7 +46,7 @@ async def run_checks(settings: Settings, progress: Callable[[int, int], None] | 
         "jwks": examine_published_keys(settings),
         "delivery": examine_delivery(settings),
         "pooler": examine_poolers(settings),
-        "database": examine_database(settings, handlers),
+        "database": examine_database(settings, handlers, environments),
         "redis": examine_redis(settings),
         "realtime": examine_realtime(settings, tables),
         "clocks": examine_clocks(settings),

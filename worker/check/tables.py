@@ -89,6 +89,8 @@ async def examine_tables(
     problems = validate(handlers, catalogue, delivery, publication=settings.publication)
     findings = [_finding(problem, relations) for problem in problems]
     findings += _never_told(relations)
+    if not findings:
+        findings += _old_records(handlers, catalogue)
     subscribed = [table for name, table in catalogue.tables.items() if name != CANARY]
     if not findings and subscribed:
         names = ", ".join(f"{table.schema}.{table.name}" for table in subscribed)
@@ -149,6 +151,35 @@ def _never_told(relations: Mapping[tuple[str, str], Any]) -> list[Finding]:
         for (schema, table), row in relations.items()
         if row.kept == "u"
     ]
+
+
+def _old_records(handlers: Sequence[Handler], catalogue: Catalogue) -> list[Finding]:
+    """Find handlers that look at old records of which nothing but the key is told."""
+    findings = []
+    for handler in handlers:
+        for one in handler.subscriptions if handler.kind == "change" else ():
+            table = catalogue.tables.get((one.schema, one.table))
+            if table is None or not one.types & {"UPDATE", "DELETE"} or not _looks_back(handler):
+                continue
+            if table.columns.keys() - table.identity_columns:
+                carried = listed(sorted(table.identity_columns)) or "nothing"
+                detail = f"{handler.name} uses old_record, which has {carried} alone of {one.qualified}"
+                statement = f"alter table {table.sql_name} replica identity full;"
+                findings.append(by_sql("tables", "warning", detail, statement))
+    return list(dict.fromkeys(findings))
+
+
+def _looks_back(handler: Handler) -> bool:
+    """Tell whether a handler's own code names the old record; what it calls is not looked into."""
+    codes: list[Any] = [getattr(handler.function, "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if code is None:
+            continue
+        if {"old_record", "old_as"}.intersection(code.co_names):
+            return True
+        codes += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
+    return False
 
 
 async def examine_publication(

@@ -66,9 +66,14 @@ def _refuse_misuse(asked: Asked, *, as_json: bool) -> None:
 
 def _examine(settings: Settings) -> list[Finding]:
     from worker.check.rounds import run_checks, settings_findings  # noqa: PLC0415 - bad settings are told first
+    from worker.runtime import handlers_migrations  # noqa: PLC0415 - as above
 
+    environments = handlers_migrations(settings.handlers)
     with progress("examining") as tell:
-        return [*settings_findings(unknown_settings()), *asyncio.run(run_checks(settings, tell))]
+        return [
+            *settings_findings(unknown_settings()),
+            *asyncio.run(run_checks(settings, tell, environments)),
+        ]
 
 
 def _mend(

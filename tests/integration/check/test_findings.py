@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import jwt
 import pytest
@@ -122,6 +124,40 @@ async def test_a_key_with_a_wrong_signature(healthy: Patients) -> None:
     (problem,) = await healthy.problems(SUPABASE_SERVICE_ROLE_KEY=key)
     assert problem.name == "realtime"
     assert "SUPABASE_SERVICE_ROLE_KEY" in problem.detail + problem.remedy
+
+
+@asynccontextmanager
+async def publishing(body: str) -> AsyncIterator[str]:
+    """A project that answers every request with these keys; gives its URL."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("body", "secret", "state", "words"),
+    [
+        ('{"keys": [{"kty": "EC", "alg": "ES256", "kid": "1"}]}', "", "ok", "1 public keys (ES256)"),
+        ('{"keys": []}', "", "note", "publishes no keys"),
+        ('{"keys": []}', LOCAL_JWT_SECRET, "ok", "verified by SUPABASE_JWT_SECRET"),
+        ("<html>", "", "note", "cannot be had"),
+    ],
+    ids=["keys", "none", "none, but a secret", "no key set"],
+)
+async def test_the_public_keys_of_the_project(
+    healthy: Patients, body: str, secret: str, state: str, words: str
+) -> None:
+    async with publishing(body) as url:
+        given = {"SUPABASE_URL": url, "REALTIME_URL": healthy.realtime.realtime_url}
+        (found,) = of("jwks", await healthy.findings(**given, SUPABASE_JWT_SECRET=secret))
+    assert found.state == state
+    assert words in found.detail
 
 
 # Database

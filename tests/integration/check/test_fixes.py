@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 from redis.asyncio import Redis
 
-from tests.integration.check.patients import Patients
+from tests.integration.check.patients import INSERTS, ROOT, Patients
 from worker.check.findings import Finding
 
 
@@ -378,3 +378,61 @@ async def test_a_person_is_asked_first_and_shown_what_would_be_run(healthy: Pati
     code, output, _ = await healthy.tailrace("check", "--fix", answer="y")
     assert code == 0
     assert f"ran      {statement}" in output
+
+
+LOOKS_BACK = """
+from worker import Handlers
+
+on = Handlers()
+
+
+@on.update("public.orders", name="moved")
+async def moved(change, session):
+    return [name for name in change.record if change.old_record[name] != change.record[name]]
+
+
+@on.update("public.orders", name="seen")
+async def seen(change, session):
+    return change.record
+"""
+
+
+async def test_a_handler_that_uses_old_rows_of_which_only_the_key_is_told(healthy: Patients) -> None:
+    (healthy.directory / "patients_looking_back.py").write_text(LOOKS_BACK)
+    await healthy.sql("alter table public.orders replica identity default")
+    wanted = {"HANDLERS": "patients_looking_back"}
+    (found,) = await healthy.wrong(**wanted)
+    assert found.detail == "moved uses old_record, which has id alone of public.orders"
+    (done,) = await healthy.mended([found], **wanted)
+    assert done == ('alter table "public"."orders" replica identity full;', "")
+    assert await healthy.wrong(**wanted) == []
+
+
+async def test_migrations_of_the_handlers_that_are_missing_and_then_run(healthy: Patients) -> None:
+    package = healthy.directory / "patients_package"
+    versions = package / "migrations" / "versions"
+    versions.mkdir(parents=True)
+    (package / "__init__.py").write_text(INSERTS)
+    example = ROOT / "handlers" / "migrations" / "env.py"
+    (package / "migrations" / "env.py").write_text(
+        example.read_text().replace("handlers_version", "of_package")
+    )
+    (versions / "one.py").write_text(
+        'from alembic import op\n\nrevision = "one"\ndown_revision = None\n\n\n'
+        'def upgrade():\n    op.execute("create table derived_of_package (id int)")\n'
+    )
+    try:
+        answers = [
+            await healthy.tailrace("check", *words, "--json", HANDLERS="patients_package")
+            for words in ([], ["--fix", "--yes"])
+        ]
+        there = await healthy.value("select to_regclass('derived_of_package') is not null")
+    finally:
+        await healthy.sql("drop table if exists derived_of_package, of_package")
+    (before, text, _), (after, mended, _) = answers
+    (problem,) = [one for one in json.loads(text)["findings"] if one["state"] == "problem"]
+    assert (before, after, there) == (1, 0, True)
+    assert problem["name"] == "migrations"
+    assert problem["detail"] == "patients_package/migrations: the database is at none, the handlers need one"
+    told = [one["detail"] for one in json.loads(mended)["findings"] if one["name"] == "migrations"]
+    assert "patients_package/migrations: current (one)" in told
