@@ -10,6 +10,7 @@ from tests.integration.wal.bench import Kind, Log, database
 from tests.stack import Servers
 from worker.change import RawChange
 from worker.wal import ReadingLostError, SlotBusyError, SlotMissingError, StreamReader, WalError
+from worker.wal.windows import WindowReader
 
 
 def brief(change: RawChange) -> tuple[str, bytes | None]:
@@ -400,6 +401,35 @@ async def test_a_bell_cuts_the_pause_of_windows_short(log: Log, monkeypatch: pyt
         await log.db.execute("insert into orders values (2)")
         reading.reader.wake()
         assert [brief(row)[1] for row in await reading.count(2)] == [b"1", b"2"]
+
+
+async def test_a_canary_does_not_make_windows_look_more_often(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    several = asyncio.Event()
+    pausing = WindowReader._pause
+
+    async def noted(reader: WindowReader, pause: float, cost: float) -> None:
+        pauses.append(pause)
+        if len(pauses) == 5:
+            several.set()
+        await pausing(reader, min(pause, 0.01), 0.0)
+
+    monkeypatch.setattr(WindowReader, "_pause", noted)
+    await log.db.execute("create schema if not exists tailrace")
+    await log.db.execute("create table tailrace.canary (id int primary key)")
+    await log.db.execute("alter publication supabase_realtime add table tailrace.canary")
+    async with log.reading("windows") as reading:
+        waiting = asyncio.create_task(reading.count(1))
+        await several.wait()
+        await log.db.execute("insert into tailrace.canary values (1)")
+        await waiting
+        before = len(pauses)
+        await log.db.execute("insert into orders values (1)")
+        await reading.count(2)
+    # The pause after it is not shorter than those before it, as it would be after any other change.
+    assert pauses[: before + 1] == sorted(pauses[: before + 1])
 
 
 async def test_a_window_grows_until_a_large_transaction_fits(
