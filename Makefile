@@ -39,7 +39,7 @@ bench: $(STAMP) ## the benchmarks (ARGS="drain --json FILE" and others: ARGS=--h
 chaos: $(STAMP) ## proven delivery while everything dies at random (ARGS="--seed 7 --seconds 120")
 	@exec $(BIN)/python -m tests.chaos $(ARGS)
 
-awaits: $(STAMP) ## both processes killed at every await (ARGS="--seed 5 --deed stop", ARGS="--only lease.py")
+awaits: $(STAMP) ## both processes killed at every await (ARGS="--seed 5 --deed stop flush", ARGS="--only lease.py")
 	@$(BIN)/python -m tests.awaits --process listener $(ARGS)
 	@exec $(BIN)/python -m tests.awaits --process worker $(ARGS)
 

@@ -40,7 +40,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.awaits", description=__doc__)
     parser.add_argument("--process", choices=("listener", "worker"), required=True, help="which is struck")
     parser.add_argument(
-        "--deed", choices=("kill", "stop"), nargs="+", default=["kill"], help="what is done to it (kill)"
+        "--deed",
+        choices=("kill", "stop", "flush"),
+        nargs="+",
+        default=["kill"],
+        help="what is done to it (kill)",
     )
     parser.add_argument("--seed", type=int, default=3, help="of the points and their order (%(default)s)")
     parser.add_argument("--most", type=int, metavar="N", help="points (all)")

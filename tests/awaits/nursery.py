@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import psutil
 import uvloop
 
 from tests.awaits.stepping import Point, Watch
@@ -171,6 +172,11 @@ class Child:
         await self._reading
         assert self.returncode is not None
         return self.returncode
+
+    async def stopped(self) -> None:
+        """Wait until it sleeps by a signal; the kernel tells that to nobody but its parent."""
+        while psutil.Process(self.pid).status() != psutil.STATUS_STOPPED:
+            await asyncio.sleep(0.005)
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:

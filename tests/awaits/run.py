@@ -181,9 +181,9 @@ class Stage:
         if not struck:
             armed.child.terminate()
             struck = await self._struck(armed, armed.ended())
-            process = await self._succeed(armed, point)
+            process = await self._succeed(armed, point, leaving=True)
         elif point.deed == "stop":
-            armed.child.send_signal(signal.SIGCONT)
+            armed.child.send_signal(signal.SIGCONT)  # it finds another one in its place
         await told.epilogue(self._story)
         await self._settled(process, mended=True)
         await self._verify(process)
@@ -210,12 +210,27 @@ class Stage:
                 one.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
 
-    async def _succeed(self, armed: Born, point: Point) -> Born:
-        """Start the next process, as if all limits of ours had passed."""
-        if point.deed == "kill" or not armed.child.struck.is_set():
+    async def _succeed(self, armed: Born, point: Point, *, leaving: bool = False) -> Born:
+        """Start the next process, as if all limits of ours had passed; or wake this one, to go on."""
+        if point.deed == "flush" and armed.child.struck.is_set():
+            await self._flush()
+            await armed.child.stopped()  # it says so before it does so
+            armed.child.send_signal(signal.SIGCONT)
+            if not leaving:
+                return armed
+            await armed.ended()
+        elif point.deed == "kill" or not armed.child.struck.is_set():
             await armed.ended()
         await self._age()
         return await self._start(self._role)
+
+    async def _flush(self) -> None:
+        """Take all from Redis that is this project's, and all of arq's: another project has no other loss."""
+        async with Redis.from_url(self._made.servers.redis.url) as client:
+            for ours in (f"{self._made.environment['WORKER_QUEUE']}*", "arq:*"):
+                keys = [key async for key in client.scan_iter(ours, count=1000)]
+                if keys:
+                    await client.delete(*keys)
 
     async def _age(self) -> None:
         """Let the lease end, and the signs of life of workers."""

@@ -22,7 +22,8 @@ _OURS = f"{_ROOT / 'worker'}{os.sep}"
 
 Moment = Literal["waits", "goes on"]
 """`waits`: what is waited for has been asked for, and perhaps not even sent. `goes on`: it has come."""
-Deed = Literal["kill", "stop"]
+Deed = Literal["kill", "stop", "flush"]
+"""`kill`: it is dead. `stop`: it sleeps, and another takes over. `flush`: it sleeps, and Redis forgets."""
 
 
 class Point(NamedTuple):
@@ -115,6 +116,7 @@ class Watch:
             return
         if visit != point.visit and not (self._late is not None and self._late.exists()):
             return
+        self._point = None
         self._tell(struck=str(point))
         os.kill(os.getpid(), signal.SIGKILL if point.deed == "kill" else signal.SIGSTOP)
 

@@ -19,7 +19,7 @@ SEED = 3
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("role", ["listener", "worker"])
 async def test_struck_while_it_stands_still_nothing_is_lost(shared: Servers, role: Role) -> None:
-    outcome = await run(shared, role, seed=SEED, most=2)
+    outcome = await run(shared, role, seed=SEED, deeds=("kill", "flush"), most=2)
     assert not outcome.failed
     assert outcome.struck
 
