@@ -616,7 +616,7 @@ async def test_a_refusal_is_told_where_it_was_asked(page: Page) -> None:
 async def test_fifty_handlers_are_read_on_any_screen(page: Page, width: int, dark: bool) -> None:  # noqa: FBT001
     told, desk = Told(50), Remembering(5)
     desk.fill(1, "public.orders0", "shop.handlers.totals0")
-    async with dashboard(told, desk, every_seconds=0.1) as served:
+    async with dashboard(told, desk, every_seconds=0.5) as served:
         await page.look(width, 844, dark=dark)
         await page.goto(served.url)
         await sign_in(page)
