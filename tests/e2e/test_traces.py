@@ -67,6 +67,8 @@ async def test_a_change_is_one_trace_over_both_processes(shared: Servers, collec
         await shop.until(handlers.DIFFERENCES, 0)
         # What is not sent yet is sent at the end.
         assert [await listener.terminate(), await worker.terminate()] == [0, 0]
+    # At info no line is about a single change.
+    assert [line for line in listener.lines + worker.lines if "position" in line] == []
     traces: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
     for name, span in collector.taken:
         traces[span.trace_id].append((name, span.name))
