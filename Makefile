@@ -31,7 +31,7 @@ run: $(STAMP) ## the main job; with nothing configured, the demo on the embedded
 	@exec $(BIN)/python -m examples.main $(ARGS)
 
 test: $(STAMP) ## the tests (ARGS="-k lanes" chooses)
-	@exec $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
+	@exec $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(STAMP) ## the benchmarks (ARGS="drain --json FILE" and others: ARGS=--help)
 	@exec $(BIN)/python -m benchmarks $(ARGS)

@@ -13,6 +13,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(leaks)
 
 
+SLOW = (
+    "tests/awaits/",
+    "tests/chaos/",
+    "tests/e2e/",
+    "tests/kit/",
+    "tests/conformance/",
+    "tests/integration/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files of long tests first: all others would wait for the process that begins one of them last.
+    items.sort(key=lambda item: next((n for n, way in enumerate(SLOW) if way in item.nodeid), len(SLOW)))
+
+
 @pytest.fixture(scope="session")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Servers]:
     """Servers that nobody kills."""
