@@ -34,14 +34,16 @@ class Done(NamedTuple):
 
 
 def fixes_of(findings: Iterable[Finding], slots: Collection[str]) -> list[Fix]:
-    """List what may be done, each step once.
+    """List what may be done, each step once, in the order in which it is to be done.
 
     Args:
         findings: of an examination.
         slots: replication slots that a person has named to be dropped.
     """
     fixes = [fix for found in findings if found.is_wrong for fix in found.fixes]
-    return list(dict.fromkeys(fix for fix in fixes if not fix.slot or fix.slot in slots))
+    wanted = dict.fromkeys(fix for fix in fixes if not fix.slot or fix.slot in slots)
+    # Migrating makes the publication, if there is none: another statement that makes it would fail then.
+    return sorted(wanted, key=lambda one: one.by == "migrate")
 
 
 async def fix(
@@ -56,14 +58,9 @@ async def fix(
     """
     engine = make_engine(settings.database_url.get_secret_value(), name="tailrace check", size=1)
     try:
-        return [Done(one.words, await _done(settings, engine, one, migrate)) for one in _in_order(fixes)]
+        return [Done(one.words, await _done(settings, engine, one, migrate)) for one in fixes]
     finally:
         await engine.dispose()
-
-
-def _in_order(fixes: Sequence[Fix]) -> list[Fix]:
-    # Migrating makes the publication, if there is none: another statement that makes it would fail then.
-    return sorted(fixes, key=lambda one: one.by == "migrate")
 
 
 async def _done(
