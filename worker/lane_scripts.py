@@ -123,3 +123,31 @@ if not last then return false end
 redis.call('HSET', KEYS[1], 'token', ARGV[1])
 return last
 """
+
+# Every worker tells how much it has to do, and hears it of all that live.
+LOADS = """
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[3])
+local all = redis.call('HGETALL', KEYS[1])
+local living = {}
+for i = 1, #all, 2 do
+  if all[i] == ARGV[2] or redis.call('EXISTS', ARGV[1] .. ':worker:' .. all[i]) == 1 then
+    living[#living + 1] = all[i]
+    living[#living + 1] = all[i + 1]
+  else
+    redis.call('HDEL', KEYS[1], all[i])
+  end
+end
+return living
+"""
+
+# A lane goes to another worker, where it is ours to give and that one lives. Should the bell be lost, new
+# entries and sweeps ring it again.
+HAND_OVER = """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[3]
+   or redis.call('EXISTS', ARGV[2] .. ':worker:' .. ARGV[4]) == 0 then
+  return 0
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[4])
+redis.call('PUBLISH', ARGV[2] .. ':bell:' .. ARGV[4], ARGV[5] .. '\\te\\n' .. ARGV[1] .. '\\n\\n')
+return 1
+"""

@@ -14,6 +14,7 @@ Keys, all below the prefix `WORKER_QUEUE`:
     {prefix}:{generation}:parking              hash: lane -> count of the entry up to which it is to be parked
     {prefix}:claims                            hash: lane -> worker that drains it, or `queued:<ms>`, then
                                                a `!` where the worker before has died
+    {prefix}:loads                             hash: worker -> how much it has to do, see draining/balance.py
     {prefix}:reached                           up to where the log was read, see reading/reached.py
     {prefix}:calls                             hash: lane -> note of a call, see draining/notes.py
     {prefix}:worker:{id}                       key with a time to live: this worker is alive
@@ -218,6 +219,8 @@ class Lanes:
         self._sweep: AsyncScript = script(lane_scripts.SWEEP)
         self._claim: AsyncScript = script(lane_scripts.CLAIM)
         self._release: AsyncScript = script(lane_scripts.RELEASE)
+        self._loads: AsyncScript = script(lane_scripts.LOADS)
+        self._hand_over: AsyncScript = script(lane_scripts.HAND_OVER)
         self.take_over_script: AsyncScript = script(lane_scripts.TAKE_OVER)
 
     def base(self, generation: str) -> str:
@@ -333,6 +336,16 @@ class Lanes:
     async def gone(self, worker: str) -> None:
         """Say that a worker has left."""
         await self.redis.delete(f"{self.prefix}:worker:{worker}")
+
+    async def loads(self, worker: str, load: float) -> dict[str, float]:
+        """Tell how much a worker has to do; hear it of all living ones, this one included."""
+        found = await self._loads(keys=[f"{self.prefix}:loads"], args=[self.prefix, worker, f"{load:.3f}"])
+        return {name.decode(): float(load) for name, load in zip(found[::2], found[1::2], strict=True)}
+
+    async def hand_over(self, generation: str, lane: Lane, worker: str, to: str) -> bool:
+        """Give a lane of one worker to another, which is told; False where that cannot be."""
+        arguments = [str(lane), self.prefix, worker, to, self.base(generation)]
+        return bool(await self._hand_over(keys=[self.claims], args=arguments))
 
     async def workers(self) -> list[str]:
         """List the living workers."""

@@ -8,7 +8,7 @@ import sys
 from worker import lane_scripts, lanes
 from worker.__main__ import main
 
-lane_scripts.ADD = lane_scripts.ADD.replace("'e'", "'e2'")
+lane_scripts.ADD = lane_scripts.ADD.replace("'e'", "'e2'").replace("\\te'", "\\te2'")
 lanes.FORMATS[b"e2"] = lanes.FORMATS[b"e"]
 
 if __name__ == "__main__":

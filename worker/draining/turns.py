@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import held, parked, positions
 from worker.database import explain
+from worker.draining.balance import LEAST, Measured, to_hand_over
 from worker.draining.drain import Drain
 from worker.draining.passes import Pass, Progress
 from worker.draining.trims import Trims
@@ -47,6 +48,8 @@ NEWER_SECONDS = 10.0
 """How long a lane that only a newer version can read is left to other workers."""
 GATHER_SECONDS = 0.05
 """So much later than it is due is a change retried, together with those that are due by then."""
+TELL_AGAIN = 10
+"""Sweeps after which a worker tells again that it has next to nothing to do."""
 MOST_NEWS = 64
 """Entries kept of what bells have told of a lane; more are read from its stream."""
 
@@ -93,6 +96,12 @@ class Draining:
         self.applied = 0
         self.lag_seconds: float | None = None
         self.meters = Meters(drains)
+        self._measured = Measured()
+        self._looked_at = time.monotonic()
+        self._told_load = -1.0
+        self._sweeps = 0
+        self._given: dict[Lane, str] = {}
+        """Lanes that go to another worker after the pass under way."""
         self._newer: dict[Lane, float] = {}
         """Lanes that only a newer version can read, and up to when they are left alone."""
         self._newer_reason = ""
@@ -193,6 +202,8 @@ class Draining:
             await self._follow(lane, progress)
             if progress.ended in (Pass.UNKNOWN, Pass.NEWER):
                 return False
+            if (to := self._given.pop(lane, None)) is not None and await self._hand_over(lane, to):
+                return True
             if time.monotonic() > until and progress.ended is not Pass.EMPTY:
                 return await self._deal_anew(lane)
             in_vain = in_vain + 1 if progress.ended in (Pass.MEETING, Pass.BUSY, Pass.SOON) else 0
@@ -209,6 +220,14 @@ class Draining:
         await self.wake([lane])
         return True
 
+    async def _hand_over(self, lane: Lane, to: str) -> bool:
+        """Give a lane to a worker that has less to do; False where that one is gone."""
+        if not await self._lanes.hand_over(self._generation or "", lane, self.name, to):
+            return False
+        self._measured.forget(lane)
+        del self._bells[lane]
+        return True
+
     async def _leave(self, lane: Lane, bell: asyncio.Event) -> bool:
         """Give back the claim of an empty lane; False, and it is kept, where entries have come meanwhile."""
         if self._trims is not None:
@@ -222,6 +241,7 @@ class Draining:
 
     def _measure(self, lane: Lane, progress: Progress, seconds: float) -> None:
         """Count what a pass did; one that found nothing to do would hide those that did."""
+        self._measured.spent(lane, seconds)
         if progress.last is not None or progress.applied or progress.parked:
             changes = max(progress.read, progress.applied)
             lag = max(0.0, time.time() - progress.latest_at) if progress.latest_at else None
@@ -331,7 +351,10 @@ class Draining:
                 self._note(lane, base, reads)
                 bell.set()
             elif not self.stopping.is_set():
-                # A claim of ours without a job: Redis was away when it was to be given back.
+                # A claim of ours without a job: handed over, or Redis was away when it was to be given back.
+                self.begin(lane)
+                if lane not in self._newer:
+                    continue
                 await self._lanes.release(self._generation or "", lane, self.name, always=True)
                 await self.wake([lane])
 
@@ -383,6 +406,24 @@ class Draining:
         for lane in await self._lanes.sweep(self._generation):
             await self._enqueue(lane)
         await self.wake(due)
+        await self._balance()
+
+    async def _balance(self) -> None:
+        """Tell the others how much there is to do here, and give lanes to those that have less."""
+        now = time.monotonic()
+        lanes = self._measured.after(now - self._looked_at)
+        self._looked_at = now
+        load = sum(lanes.values())
+        self._sweeps += 1
+        # What changes nothing is told again now and then, for Redis may have lost it.
+        if load < LEAST and self._told_load < LEAST and self._sweeps % TELL_AGAIN != 1:
+            return
+        self._told_load = load
+        loads = await self._lanes.loads(self.name, load)
+        own = {lane: load for lane, load in lanes.items() if lane in self._bells}
+        self._given = to_hand_over(self.name, loads, own)
+        for lane in self._given:
+            self._ring(lane)
 
     async def leave(self) -> None:
         """Say that this worker is gone, so that nobody waits for its key to expire."""

@@ -163,15 +163,9 @@ async def test_stopping_does_not_wait_for_ever(at: Bench, sums: Sums) -> None:
     assert await at.counters() == (1, 0, 0)
 
 
-async def test_a_claim_without_a_job_is_given_back_when_its_bell_rings(at: Bench, sums: Sums) -> None:
+async def test_a_claim_without_a_job_is_taken_up_when_its_bell_rings(at: Bench, sums: Sums) -> None:
     await at.load(sums.on)
     worker, lane = at.worker("w"), at.lane_of("sums", item(1, 7))
-    queued = asyncio.Event()
-
-    async def enqueue(_: Lane) -> None:
-        queued.set()
-
-    worker._enqueue = enqueue
     await at.lanes.alive("w")
     await at.lanes.claim(lane, "w")
     async with running(worker.listen()):
@@ -179,8 +173,52 @@ async def test_a_claim_without_a_job_is_given_back_when_its_bell_rings(at: Bench
             while not await at.redis.publish(f"{at.lanes.prefix}:jobs", b""):
                 await asyncio.sleep(0.01)  # a subscription sends no signal to others
             await at.put("items", item(1, 7))
-            await queued.wait()
-    assert (await owner(at, lane) or "").startswith("queued:")
+        await sums.computed(1)
+        await worker.stop(DEADLINE_SECONDS)
+    assert at.enqueued == []
+    assert await owner(at, lane) is None
+
+
+async def test_a_lane_goes_to_a_worker_with_less_to_do(at: Bench, sums: Sums) -> None:
+    await at.load(sums.on)
+    lane = at.lane_of("sums", item(1, 7))
+    await at.put("items", item(1, 7))
+    one, two = at.worker("one"), at.worker("two")
+    for worker in (one, two):
+        await at.lanes.alive(worker.name)
+        await worker._sweep_once()
+        await worker._balance()
+    assert await at.lanes.loads("one", 0.0) == {"one": 0.0, "two": 0.0}
+    async with running(one.drain(lane), two.listen()):
+        await sums.computed(1)
+        one._given[lane] = "two"
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not (await at.redis.pubsub_numsub(f"{at.lanes.prefix}:bell:two"))[0][1]:
+                await asyncio.sleep(0.01)  # as above
+            await at.put("items", item(2, 7))  # nobody listens to the bell of the first one
+            one._ring(lane)
+            while await owner(at, lane) != "two":
+                await asyncio.sleep(0.01)
+        await sums.computed(2)
+        await at.lanes.alive("two")
+        await at.put("items", item(3, 7))
+        await sums.computed(3)
+        await one.stop(DEADLINE_SECONDS)
+        await two.stop(DEADLINE_SECONDS)
+    await at.settle(at.drain("sums"))
+    assert await at.counters() == (3, 0, 0)
+
+
+async def test_a_lane_stays_where_it_is_when_the_other_worker_is_gone(at: Bench, sums: Sums) -> None:
+    await at.load(sums.on)
+    lane = at.lane_of("sums", item(1, 7))
+    await at.lanes.alive("one")
+    await at.lanes.claim(lane, "one")
+    assert not await at.lanes.hand_over(at.writer.generation, lane, "one", "gone")
+    assert not await at.lanes.hand_over(at.writer.generation, lane, "another", "one")
+    assert await owner(at, lane) == "one"
+    await at.lanes.loads("gone", 3.0)
+    assert await at.lanes.loads("one", 1.0) == {"one": 1.0}
 
 
 async def test_a_job_survives_a_redis_that_is_away(at: Bench, sums: Sums) -> None:

@@ -1,0 +1,95 @@
+"""Eight workers, each on an address of its own, share the lanes; some join, and some leave."""
+
+import asyncio
+import socket
+import time
+from collections import Counter
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from tests.e2e import rolling_handlers as handlers
+from tests.e2e.rolling_handlers import WRONG
+from tests.e2e.test_proven import drop_slot
+from tests.e2e.test_rolling import write
+from tests.stack import Process, Project, Servers, project
+
+SECONDS = 30
+"""A quiet machine needs less than ten; eight processes on two cores are slow."""
+
+
+def common_port(addresses: list[str]) -> int:
+    """Find a port that is free on all of these addresses."""
+    with socket.create_server((addresses[0], 0)) as first:
+        port = int(first.getsockname()[1])
+        for address in addresses[1:]:
+            socket.create_server((address, port)).close()
+        return port
+
+
+async def owners(shop: Project) -> Counter[int]:
+    """Count the lanes of each worker, by its process id."""
+    async with Redis.from_url(shop.servers.redis.url) as redis:
+        claims = await redis.hgetall(f"{shop.environment['WORKER_QUEUE']}:claims")
+    names = [claim.decode() for claim in claims.values()]
+    return Counter(int(name.split("-")[-2]) for name in names if not name.startswith("queued:"))
+
+
+async def shared_among(shop: Project, workers: list[Process]) -> float:
+    """Wait until exactly these workers have lanes, each of them; returns how long that took."""
+    began = time.monotonic()
+    wanted = {worker.process.pid for worker in workers}
+    while set(found := await owners(shop)) != wanted:
+        assert time.monotonic() - began < SECONDS, (wanted, found)
+        await asyncio.sleep(0.1)
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+async def test_workers_that_join_are_given_lanes_and_those_that_leave_give_them_back(
+    shared: Servers,
+) -> None:
+    addresses = [f"127.0.0.{number}" for number in range(11, 19)]
+    port = common_port(addresses)
+    async with project(
+        shared,
+        handlers.TABLES,
+        "tests.e2e.sharing_handlers,tests.e2e.rolling_handlers",
+        WORKER_DELIVERY="proven",
+    ) as shop:
+        await (await shop.listener(wait=False)).said("listening")
+
+        async def start(address: str) -> Process:
+            worker = await shop.worker(wait=False, HEALTH_HOST=address, WORKER_HEALTH_PORT=str(port))
+            await worker.said("working", seconds=90)
+            return worker
+
+        workers = [await start(address) for address in addresses[:2]]
+        written, stop = 0, asyncio.Event()
+
+        async def busy() -> None:
+            nonlocal written
+            while not stop.is_set():
+                await write(shop, 100)
+                written += 100
+                await asyncio.sleep(0.1)  # so that there is always something, and never too much
+
+        writing = asyncio.create_task(busy(), name="test: writer")
+        await shared_among(shop, workers)
+        workers += await asyncio.gather(*(start(address) for address in addresses[2:]))
+        await shared_among(shop, workers)
+        async with httpx.AsyncClient() as client:
+            for address in addresses:
+                assert (await client.get(f"http://{address}:{port}/readyz", timeout=10)).status_code == 200
+        gone, workers = workers[:4], workers[4:]
+        await gone[0].kill()
+        codes = await asyncio.gather(*(worker.terminate() for worker in gone[1:]))
+        assert codes == [0, 0, 0]
+        await shared_among(shop, workers)
+        stop.set()
+        await writing
+        await shop.until("select count(*) from derived_log", written, 90)
+        assert await shop.db.fetchval(WRONG) == 0
+        assert await shop.db.fetchval("select count(*) from tailrace.gaps") == 0
+        await drop_slot(shop)
