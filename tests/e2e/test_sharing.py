@@ -47,6 +47,7 @@ async def shared_among(shop: Project, workers: list[Process]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # nine processes start
 async def test_workers_that_join_are_given_lanes_and_those_that_leave_give_them_back(
     shared: Servers,
 ) -> None:
@@ -81,7 +82,11 @@ async def test_workers_that_join_are_given_lanes_and_those_that_leave_give_them_
         await shared_among(shop, workers)
         async with httpx.AsyncClient() as client:
             for address in addresses:
-                assert (await client.get(f"http://{address}:{port}/readyz", timeout=10)).status_code == 200
+                until = time.monotonic() + SECONDS
+                # Not ready is also one whose sweep is late, as on a machine with too much to do.
+                while (await client.get(f"http://{address}:{port}/readyz", timeout=10)).status_code != 200:
+                    assert time.monotonic() < until, address
+                    await asyncio.sleep(0.1)
         gone, workers = workers[:4], workers[4:]
         await gone[0].kill()
         codes = await asyncio.gather(*(worker.terminate() for worker in gone[1:]))
