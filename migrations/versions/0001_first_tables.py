@@ -132,10 +132,11 @@ comment on column tailrace.held.keys is
   'lane keys, as JSON arrays of canonical texts; empty for a TRUNCATE, which concerns all of them';
 create index held_by_handler on tailrace.held (handler, id) where waits;
 create index held_of_all_keys on tailrace.held (handler, id) where waits and keys = '{}';
-create index held_by_key on tailrace.held using gin (keys) where waits;
+-- Asked after nearly every write: a list of what is to be put in would be gone through each time.
+create index held_by_key on tailrace.held using gin (keys) with (fastupdate = off) where waits;
 create index held_parked on tailrace.held (handler, (lanes[1]), id) where status = 'parked';
 create index held_dead on tailrace.held (handler, id) where status = 'dead';
-create index held_dead_by_key on tailrace.held using gin (keys) where status = 'dead';
+create index held_dead_by_key on tailrace.held using gin (keys) with (fastupdate = off) where status = 'dead';
 create index held_behind on tailrace.held (handler) where status = 'retrying' and next_attempt_at is null;
 create index held_long on tailrace.held (handler) where waits_long;
 create index held_due on tailrace.held (next_attempt_at)
