@@ -30,6 +30,7 @@ class About(NamedTuple):
     handler: str
     dead_letter: int | None = None
     lane_key: bytes | None = None
+    details: Mapping[str, Any] | None = None
 
 
 async def note(
@@ -37,10 +38,8 @@ async def note(
     operator: Operator,
     action: Action,
     abouts: Sequence[About],
-    details: Mapping[str, Any] | None = None,
 ) -> None:
     """Note a decision about each of these, in the caller's transaction."""
-    told = None if details is None else _encode(details).decode()
     await connection.execute(
         _NOTE,
         [
@@ -51,7 +50,7 @@ async def note(
                 "handler": about.handler,
                 "dead_letter": about.dead_letter,
                 "lane_key": None if about.lane_key is None else about.lane_key.decode(),
-                "details": told,
+                "details": None if about.details is None else _encode(about.details).decode(),
             }
             for about in abouts
         ],

@@ -30,7 +30,7 @@ What = Literal["dead", "held"]
 _COLUMNS = (
     "d.id, d.handler, d.lanes, d.keys, d.lsn, d.ordinal, d.source, d.payload, d.changes, d.attempts,"
     " d.status, d.halts, d.redriven, d.error_class, d.error, d.traceback, d.hint, d.first_failed_at,"
-    " d.last_failed_at, d.next_attempt_at, h.tables"
+    " d.last_failed_at, d.next_attempt_at, d.overtaken_by > 0 as overtaken, h.tables"
 )
 _MEANT = (
     " from tailrace.held d join tailrace.handlers h on h.name = d.handler"
@@ -71,6 +71,8 @@ class DeadLetter:
     status: str
     halts: bool
     redriven: bool
+    overtaken: bool
+    """Newer changes of its keys are noted at it; see overtaking.py."""
     failure: dict[str, Any]
     tables: Sequence[str]
     next_attempt_at: datetime | None = None
@@ -238,6 +240,7 @@ def _letter(row: Any) -> DeadLetter:  # noqa: ANN401 - a row of text(), which ha
         status=row.status,
         halts=row.halts,
         redriven=row.redriven,
+        overtaken=row.overtaken,
         failure=failure,
         tables=row.tables,
         next_attempt_at=row.next_attempt_at,

@@ -5,7 +5,7 @@ Knows who wants what, not how it is carried out (redriving.py, pausing.py) nor h
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from redis.exceptions import RedisError
@@ -15,13 +15,16 @@ from worker import backfilling, dead_letters, pausing, redriving
 from worker.asked import Operator, Which
 from worker.backfilling import Wanted
 from worker.dead_letters import DeadLetter
-from worker.errors import Refused
+from worker.errors import Refused, Unknown
 from worker.lanes import Lane, Lanes
 from worker.redriving import Edit
 from worker.registry import Handler
 
 AT_ONCE = 200
-"""Dead letters read at a time where many are decided about: their payloads must not fill memory."""
+"""Dead letters read at a time where many are decided about."""
+TOGETHER = 2_000
+MOST_BYTES = 8 << 20
+"""Of payloads: no more dead letters are put into groups, by their lanes, and decided about group by group."""
 WAKE_SECONDS = 2.0
 """By then the workers have found the lanes by themselves."""
 
@@ -153,18 +156,24 @@ class Operations:
         async with self._engine.connect() as connection:
             expected = await dead_letters.count(connection, which) if progress is not None else 0
         told: list[dict[str, Any]] = []
-        after: int | None = None
-        while page := await self._page(which, after, AT_ONCE):
-            after = page[-1].id
-            if dry_run:
-                told += [one.told() for one in page]
-            elif action == "redrive":
-                told += await self._redriven(operator, page)
-            else:
-                told += [await self._decided(operator, action, one.told()) for one in page]
+        async for some in self._some(which):
+            told += [one.told() for one in some] if dry_run else await self._together(operator, action, some)
             if progress is not None:
                 progress(len(told), max(expected, len(told)))
         return told
+
+    async def _some(self, which: Which) -> AsyncIterator[list[DeadLetter]]:
+        """Read all that are meant, as many at a time as are decided about together."""
+        after: int | None = None
+        some: list[DeadLetter] = []
+        while page := await self._page(which, after, AT_ONCE):
+            after = page[-1].id
+            some += page
+            if len(some) >= TOGETHER or sum(len(one.payload) for one in some) > MOST_BYTES:
+                yield some
+                some = []
+        if some:
+            yield some
 
     async def _page(
         self, which: Which, after: int | None, most: int | None, what: dead_letters.What = "dead"
@@ -176,20 +185,25 @@ class Operations:
                 await dead_letters.check_handler(connection, which.handler)
             return found
 
-    async def _redriven(self, operator: Operator, page: Sequence[DeadLetter]) -> list[dict[str, Any]]:
+    async def _together(
+        self, operator: Operator, action: Literal["redrive", "discard"], some: Sequence[DeadLetter]
+    ) -> list[dict[str, Any]]:
+        """Decide about dead letters, each group in one transaction."""
+        do = redriving.redrive_together if action == "redrive" else redriving.discard_together
         told: dict[int, dict[str, Any]] = {}
         async with self._engine.connect() as connection:
-            groups = await redriving.grouped(connection, page)
+            groups = await redriving.grouped(connection, some)
         for group in groups:
             try:
-                done = await redriving.redrive_together(self._engine, operator, [one.id for one in group])
-            except Refused:  # which of them, and why?
+                done = await do(self._engine, operator, [one.id for one in group])
+            except (Refused, Unknown):  # which of them, and why?
                 for one in group:
-                    told[one.id] = await self._decided(operator, "redrive", one.told())
+                    with contextlib.suppress(Unknown):  # somebody else has decided about it
+                        told[one.id] = await self._decided(operator, action, one.told())
             else:
                 await self._wake({lane for one in done for lane in one.wake})
                 told |= {one.told["id"]: one.told for one in done}
-        return [told[one.id] for one in page]
+        return [told[one.id] for one in some if one.id in told]
 
     async def _decided(
         self, operator: Operator, action: Literal["redrive", "discard"], one: dict[str, Any]

@@ -28,11 +28,13 @@ _NOTE = text(
     " overtaken_lsn = sums.last[1], overtaken_ordinal = sums.last[2] from sums where d.id = sums.before"
 )
 _TOLD = text(
-    "select d.id, coalesce(sum(l.overtaken_by), 0)::bigint,"
-    "  max(array[l.overtaken_lsn, l.overtaken_ordinal]) filter (where l.overtaken_lsn is not null)"
-    " from tailrace.held d join tailrace.held l on l.handler = d.handler and l.id >= d.id"
-    "  and l.status = 'dead' and (l.id = d.id or l.keys && d.keys)"
-    " where d.id = any(cast(:ids as bigint[])) group by d.id"
+    "with letters as (select id, handler, keys from tailrace.held where id = any(cast(:ids as bigint[]))),"
+    " noted as materialized (select id, handler, keys, overtaken_by, overtaken_lsn, overtaken_ordinal"
+    "  from tailrace.held where handler in (select handler from letters) and status = 'dead'"
+    "  and overtaken_by > 0)"
+    " select d.id, sum(l.overtaken_by)::bigint, max(array[l.overtaken_lsn, l.overtaken_ordinal])"
+    " from letters d join noted l on l.handler = d.handler and l.id >= d.id"
+    "  and (l.id = d.id or l.keys && d.keys) group by d.id"
 )
 HAND_DOWN: Final = (
     "update tailrace.held e set overtaken_by = e.overtaken_by + d.overtaken_by,"
@@ -74,10 +76,8 @@ class Newer(TypedDict):
 async def told(connection: AsyncConnection, dead_letters: Sequence[int]) -> dict[int, Newer]:
     """Tell of each how many newer changes were applied since it died, and where the last one stands."""
     found = await connection.execute(_TOLD, {"ids": list(dead_letters)})
-    return {
-        id_: Newer(count=count, position=None if last is None else str(Position(*last)))
-        for id_, count, last in found
-    }
+    newer = {id_: Newer(count=count, position=str(Position(*last))) for id_, count, last in found}
+    return {id_: newer.get(id_, Newer(count=0, position=None)) for id_ in dead_letters}
 
 
 async def hand_down(connection: AsyncConnection, dead_letter: int) -> None:

@@ -24,6 +24,11 @@ from worker.registry import Handler
 from worker.routing import lane_of
 from worker.typed import as_stored
 
+MOST_OF_ONE = 500
+"""Dead letters of one lane that are decided about in one transaction."""
+MOST_OF_SEVERAL = 25
+_ANY = -1
+
 _STATE = text("select state from tailrace.handlers where name = :handler")
 _TAKE_HANDLER = text("select name from tailrace.handlers where name = :handler for no key update nowait")
 _TAKE = text(
@@ -39,7 +44,16 @@ _REDRIVE = text(
     "  and e.waits and e.id < d.id and (e.keys && d.keys or e.keys = '{}' or d.keys = '{}'))"
     "  then clock_timestamp() end where id = :id"
 )
-_DELETE = text("delete from tailrace.held where id = :id")
+# Of one lane, as they are, and with nothing noted at them: all at once.
+_REDRIVE_PLAIN = text(
+    "update tailrace.held d set status = 'retrying', halts = false, attempts = 0, redriven = true,"
+    " told_at = null, lanes = :lanes,"
+    " next_attempt_at = case when given.first and not exists (select from tailrace.held e"
+    "  where e.handler = d.handler and e.waits and e.id < d.id and (e.keys && d.keys or e.keys = '{}'))"
+    "  then clock_timestamp() end"
+    " from unnest(cast(:ids as bigint[]), cast(:first as boolean[])) given (id, first) where d.id = given.id"
+)
+_DELETE = text("delete from tailrace.held where id = any(cast(:ids as bigint[]))")
 _UNREAD = text("update tailrace.lanes set read = read - :changes where handler = :handler and lane = :lane")
 _FILTERED = text("update tailrace.handlers set filtered = filtered + :changes where name = :handler")
 
@@ -111,16 +125,21 @@ async def redrive_together(
             payloads[letters[0].id] = edited.payload
             details = {"before": edited.before, "after": stored}
         newer = await overtaking.told(connection, [letter.id for letter in letters])
+        plain = _plain(letters, lanes) if edit is None else {}
+        if plain:
+            given = {"ids": list(plain), "first": list(plain.values()), "lanes": concerned}
+            await connection.execute(_REDRIVE_PLAIN, given)
         # Each in its turn: what is noted at one is handed to those before it that are still dead then.
-        await connection.execute(
-            _REDRIVE,
-            [{"id": one.id, "lanes": lanes[one.id], "payload": payloads[one.id]} for one in letters],
-        )
+        if others := [one for one in letters if one.id not in plain]:
+            await connection.execute(
+                _REDRIVE,
+                [{"id": one.id, "lanes": lanes[one.id], "payload": payloads[one.id]} for one in others],
+            )
         # One that halts is counted already.
         holding = Counter(lane for one in letters if not one.halts for lane in lanes[one.id])
         await deciding.count_holding(connection, handler, holding)
-        abouts = [About(handler, letter.id) for letter in letters]
-        await audit.note(connection, operator, "redrive", abouts, details)
+        abouts = [About(handler, letter.id, details=details) for letter in letters]
+        await audit.note(connection, operator, "redrive", abouts)
         return [
             Decided(
                 letter.told() | {"status": "retrying", "attempts": 0, "newer": newer[letter.id]},
@@ -132,36 +151,72 @@ async def redrive_together(
     return await _decide(engine, ids, act)
 
 
+def _plain(letters: Sequence[DeadLetter], lanes: Mapping[int, Sequence[int]]) -> dict[int, bool]:
+    """Choose those that can be redriven at once; tell of each whether it is the first of its keys."""
+    if len({lane for one in letters for lane in lanes[one.id]}) > 1 or not all(one.keys for one in letters):
+        return {}
+    plain, known = dict[int, bool](), set[str]()
+    for one in letters:
+        if not one.overtaken:
+            plain[one.id] = known.isdisjoint(one.keys)
+        known.update(one.keys)
+    return plain
+
+
 async def discard(engine: AsyncEngine, operator: Operator, id_: int) -> Decided:
     """Forget a dead letter: its changes count as filtered out from now on, for a person left them out.
 
     Raises:
         Unknown: there is no dead letter of this id.
     """
+    (done,) = await discard_together(engine, operator, [id_])
+    return done
+
+
+async def discard_together(engine: AsyncEngine, operator: Operator, ids: Sequence[int]) -> list[Decided]:
+    """Forget dead letters of one handler, in one transaction; locks as `redrive_together` does.
+
+    Raises:
+        Unknown: one of them is no dead letter, or no longer; nothing was done.
+    """
 
     async def act(session: AsyncSession, letters: list[DeadLetter]) -> list[Decided]:
         connection = await session.connection()
-        (letter,), there = await _lock(connection, letters, letters[0].lanes)
-        about = {"handler": letter.handler, "changes": letter.changes}
-        await connection.execute(_TAKE_HANDLER, about)
-        await overtaking.hand_down(connection, letter.id)
-        await connection.execute(_DELETE, {"id": letter.id})
+        handler = letters[0].handler
+        letters, there = await _lock(connection, letters, sorted({n for one in letters for n in one.lanes}))
+        await connection.execute(_TAKE_HANDLER, {"handler": handler})
+        # From the last to the first: what is handed to one that goes, too, is handed on.
+        for letter in reversed(letters):
+            if letter.overtaken:
+                await overtaking.hand_down(connection, letter.id)
+        await connection.execute(_DELETE, {"ids": [letter.id for letter in letters]})
         # Which lane had counted it is all the same where lanes have gone since: they are added up.
-        lane = letter.lanes[0] if letter.lanes[0] in there else 0
-        await connection.execute(_UNREAD, about | {"lane": lane})
-        await connection.execute(_FILTERED, about)
-        wake: set[Lane] = set()
-        if letter.halts:
-            await deciding.count_holding(connection, letter.handler, dict.fromkeys(letter.lanes, -1))
-            keys = [key.encode() for key in letter.keys]
-            wake = {Lane(letter.handler, n) for n in await held.promote(session, letter.handler, keys)}
-        told = letter.told()
-        kept = {name: told[name] for name in ("schema", "table", "type", "key", "position", "error_class")}
-        await audit.note(connection, operator, "discard", [About(letter.handler, letter.id)], kept)
-        return [Decided(told | {"status": "discarded"}, wake)]
+        changes = Counter[int]()
+        for one in letters:
+            changes[one.lanes[0] if one.lanes[0] in there else 0] += one.changes
+        await connection.execute(
+            _UNREAD, [{"handler": handler, "lane": lane, "changes": n} for lane, n in sorted(changes.items())]
+        )
+        await connection.execute(_FILTERED, {"handler": handler, "changes": changes.total()})
+        wake = set[Lane]()
+        if halted := [one for one in letters if one.halts]:
+            holding = Counter(lane for one in halted for lane in one.lanes)
+            await deciding.count_holding(connection, handler, {lane: -n for lane, n in holding.items()})
+            keys = sorted({key.encode() for one in halted for key in one.keys})
+            freed = await held.promote(session, handler, keys) if keys else set()
+            if any(not one.keys for one in halted):  # it held back all keys
+                freed |= await held.promote(session, handler, ())
+            wake = {Lane(handler, number) for number in freed}
+        told = [letter.told() for letter in letters]
+        kept = ("schema", "table", "type", "key", "position", "error_class")
+        abouts = [
+            About(handler, letter.id, details={name: one[name] for name in kept})
+            for letter, one in zip(letters, told, strict=True)
+        ]
+        await audit.note(connection, operator, "discard", abouts)
+        return [Decided(one | {"status": "discarded"}, wake) for one in told]
 
-    (done,) = await _decide(engine, [id_], act)
-    return done
+    return await _decide(engine, ids, act)
 
 
 async def _decide(
@@ -194,18 +249,24 @@ async def _lock(
 
 
 async def grouped(connection: AsyncConnection, letters: Sequence[DeadLetter]) -> list[list[DeadLetter]]:
-    """Put dead letters into groups to be redriven together, so that those of each key keep their order.
+    """Put dead letters into groups to be decided about together, so that those of each key keep their order.
 
-    By their lane: so no more than one is locked at a time. Each is for itself where one has several lanes.
+    By their lane, so that no more than one is locked at a time; but where one of a handler has several lanes,
+    its letters are taken a few at a time, in the order of their ids.
     """
     count = await deciding.count_lanes(connection)
-    groups: dict[tuple[str, int], list[DeadLetter]] = {}
+    lanes = {letter.id: _lanes_among(count, letter) for letter in letters}
+    several = {letter.handler for letter in letters if len(lanes[letter.id]) > 1}
+    by_lane: dict[tuple[str, int], list[DeadLetter]] = {}
     for letter in letters:
-        lanes = _lanes_among(count, letter)
-        if len(lanes) != 1:
-            return [[one] for one in letters]
-        groups.setdefault((letter.handler, lanes[0]), []).append(letter)
-    return list(groups.values())
+        number = _ANY if letter.handler in several else lanes[letter.id][0]
+        by_lane.setdefault((letter.handler, number), []).append(letter)
+    return [
+        group[start : start + most]
+        for (_, number), group in by_lane.items()
+        for most in (MOST_OF_SEVERAL if number == _ANY else MOST_OF_ONE,)
+        for start in range(0, len(group), most)
+    ]
 
 
 def _lanes_among(count: int, letter: DeadLetter) -> list[int]:

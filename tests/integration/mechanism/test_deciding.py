@@ -106,6 +106,33 @@ async def passes(at: Bench, drain: Drain, count: int = 3) -> None:
     await at.counters()
 
 
+@pytest.mark.parametrize("handler", ["goes-on", "halts"])
+async def test_many_are_decided_about_in_one_transaction_for_each_lane(
+    at: Bench, shop: Shop, desk: Desk, handler: str
+) -> None:
+    await at.load(shop.on)
+    drain, which = at.drain(handler), Which(handler=handler)
+    rounds = 10 if handler == "goes-on" else 1  # of a key that halts there is one
+    for n in range(rounds):
+        for grp in range(6):
+            await at.put("items", item(n, grp, f"poison {n}"))
+            await at.put("items", item(n, grp, f"fine {n}"))
+    await passes(at, drain, rounds + 1)
+    for action in ("redrive", "discard"):
+        dead = await desk.operations.find(which)
+        assert len(dead) == 6 * rounds
+        told = await desk.operations.decide(ANNA, action, which, dry_run=False)  # type: ignore[arg-type] # one of two
+        assert await at.holding_is_true()
+        assert [one["id"] for one in told] == [one["id"] for one in dead]
+        decided = f"tailrace.audit where action = '{action}'"
+        assert await at.count(decided) == 6 * rounds
+        assert await at.count(f"(select distinct xmin::text from {decided})") <= at.lane_count
+        await passes(at, drain, rounds + 1)  # it is still sick: what was redriven dies again
+    await passes(at, drain)
+    assert sorted(await at.log("note")) == sorted(f"fine {n}" for n in range(rounds) for _ in range(6))
+    await at.counters()
+
+
 async def test_redriven_changes_are_applied_in_their_order_and_once(
     at: Bench, shop: Shop, desk: Desk
 ) -> None:
