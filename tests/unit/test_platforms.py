@@ -178,6 +178,7 @@ def test_services_of_the_compose_file_run_what_is_built_with_settings_that_exist
         assert services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
         assert services[name]["deploy"] == {"replicas": 2}
     assert services["listener"]["ports"] == ["127.0.0.1::8080"]
+    assert services["listener"]["environment"]["WORKER_DASHBOARD"] == "everywhere"
     assert [name for name, one in services.items() if "ports" in one] == ["listener"]
 
 
