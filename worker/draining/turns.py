@@ -194,8 +194,8 @@ class Draining:
         until = time.monotonic() + TURN_SECONDS
         in_vain = 0
         while not self.stopping.is_set():
-            bell.clear()
             async with self._slots:
+                bell.clear()  # only now: what has rung until then is found by this pass
                 began = time.monotonic()
                 progress = await drain.run(lane, self._news.pop(lane, None))
             self._measure(lane, progress, time.monotonic() - began)
