@@ -1,35 +1,27 @@
-"""Within a pass: calls the handler for fresh changes and for held ones that are due.
+"""Within a pass: calls the handler, for fresh changes and for others that are to be called again.
 
 Everything here runs in the transaction of one pass, under its lane's lock; which entries those are, and the
 order of steps around it, is the drain's business (drain.py).
 """
 
-import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import structlog
 
-from worker import held, parked, positions
+from worker import held
 from worker.change import Change, Position
 from worker.draining.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome, Traits
 from worker.draining.hints import Odds
 from worker.draining.items import Decoder, Item, KeyItem
-from worker.draining.notes import verdict
 from worker.draining.passes import Turn
 from worker.held import Blocked, HeldRow, Kept
 from worker.lanes import Read
 from worker.overtaking import Applied
 from worker.registry import Handler
-from worker.retries import Allowance, Failure, blames_nobody, classify
+from worker.retries import Failure, blames_nobody, classify
 
 log = structlog.get_logger(__name__)
-
-RETRY_SECONDS = 2.0
-"""After so long spent on held changes a pass goes on to fresh ones; the rest is due in the next pass."""
-
-ALLOWED_SECONDS = 0.25
-"""After so long a pass asks again, where no more retries were allowed for now."""
 
 MOST_AT_ONCE = 1_000
 """Changes, or keys, in one call: a TRUNCATE may concern more than one call can do within its time."""
@@ -62,7 +54,6 @@ class Applying:
         self.decoder = decoder
         self.policy = caller.policy
         self._odds = Odds()
-        self._allowance = Allowance(caller.policy.retries_per_second)
 
     # Fresh changes
 
@@ -312,103 +303,8 @@ class Applying:
         found = None if traces is None else traces.trace_id(position)
         return {} if found is None else {"trace_id": found}
 
-    # Held changes
-
-    async def retry(self, turn: Turn, suspected: Collection[int] = ()) -> bool:
-        """Try what is held and due, in order; True where more of it may be due.
-
-        Args:
-            turn: of the pass.
-            suspected: lanes that wait for others only so far as rows of theirs are held.
-        """
-        until = time.monotonic() + RETRY_SECONDS
-        seen: list[int] = []
-        more = True
-        while more and (rows := await held.due(turn.session, turn.lane, seen)):
-            more = len(rows) == held.MOST_AT_ONCE
-            rows, back = _apart(rows, turn, suspected)
-            if back:
-                await parked.again(turn.session, [row.id for row in back])
-                turn.progress.parked[turn.lane.number] += len(back)
-                more = True
-            ended, retried = await self._retried(turn, rows, until)
-            await self._note(turn, retried)
-            if ended is not None:
-                return ended
-            seen += [row.id for row in rows]
-            more = more or turn.lane.number in turn.progress.wake  # the next of a key is due now
-        return False
-
-    async def _retried(
-        self, turn: Turn, rows: Sequence[HeldRow], until: float
-    ) -> tuple[bool | None, list[tuple[HeldRow, Failure | None]]]:
-        """Call again for held changes, no two of which have a key in common; return what became of them.
-
-        And whether the pass is to end with them: True where more may be due, None where it goes on.
-        """
-        done: list[tuple[HeldRow, Failure | None]] = []
-        for n, row in enumerate(rows):
-            if n and time.monotonic() > until:
-                return True, done
-            if (row.attempts > 0 or row.redriven) and not self._allowance.take():
-                # It stays due: for some at a time, not for each as soon as it may be called.
-                turn.progress.due_in = min(ALLOWED_SECONDS, turn.progress.due_in)
-                return False, done
-            if not await self._others_taken(turn, row):
-                continue  # one of its lanes is being drained just now: it stays due
-            failure = spoiler = turn.spoilers.get(("held", row.id))
-            if failure is None and turn.notes is not None:
-                failure = verdict(turn.notes.deaths_of_row(row.id), self.policy)
-            if failure is None:
-                if turn.notes is not None:
-                    await turn.notes.begin_rows(row.id, row.id)
-                failure = await self._call_again(turn, row)
-            done.append((row, failure))
-            if spoiler is not None:
-                return True, done
-        return None, done
-
-    async def _others_taken(self, turn: Turn, row: HeldRow) -> bool:
-        others = row.kept.lanes[1:]
-        lock = positions.lock_others if row.kept.keys else positions.wait_for_others
-        return not others or len(await lock(turn.session, self.handler.name, others)) == len(others)
-
-    async def _note(self, turn: Turn, retried: Sequence[tuple[HeldRow, Failure | None]]) -> None:
-        """Note what became of held changes that were called again, and let go on what waits behind them."""
-        if not retried:
-            return
-        progress, session = turn.progress, turn.session
-        progress.retried = True
-        failed = [(row, failure) for row, failure in retried if failure is not None]
-        applied = [row for row, failure in retried if failure is None]
-        for row, failure in failed:
-            self.tell(turn, failure, row.kept.position)
-        for row, outcome in retried:
-            progress.tell("applied" if outcome is None else fate_of(outcome), (row.kept.position,))
-        await held.failed_again(session, failed)
-        await held.let_go(session, applied)
-        progress.applied += sum(row.kept.changes for row in applied)
-        progress.done += [Applied(row.kept.keys, row.kept.position) for row in applied]
-        gone = applied + [row for row, failure in failed if not failure.holds_back]
-        for row in gone:
-            turn.holds(row.kept.lanes, -1)
-        if gone:
-            everything = any(not row.kept.keys for row in gone)
-            keys = {key for row in gone for key in row.kept.keys}
-            await self.release(turn, () if everything else sorted(keys))
-
-    async def release(self, turn: Turn, keys: Sequence[bytes]) -> None:
-        """Let what waited behind these keys go on: together, as far as nothing of it has failed itself."""
-        # Under suspicion they go one by one, as the others do.
-        if keys and self.handler.kind == "change" and turn.notes is None:
-            freed = await parked.from_held(turn.session, turn.lane, keys, MOST_AT_ONCE)
-            if freed:
-                turn.progress.parked[turn.lane.number] += freed
-                if len(keys) == 1:
-                    return  # all that comes after those waits for them
-        turn.progress.wake |= await held.promote(turn.session, self.handler.name, keys)
-
-    async def _call_again(self, turn: Turn, row: HeldRow) -> Failure | None:
+    async def again(self, turn: Turn, row: HeldRow) -> Failure | None:
+        """Call once more for a held change; returns why it failed."""
         turn.progress.retries += 1
 
         async def call(_: Sequence[HeldRow]) -> None:
@@ -435,23 +331,6 @@ class Applying:
 def _kept(read: Read) -> Kept:
     entry = read.entry
     return Kept(entry.lanes, entry.keys, read.position, entry.source, entry.payload)
-
-
-def _apart(
-    rows: Sequence[HeldRow], turn: Turn, suspected: Collection[int]
-) -> tuple[list[HeldRow], list[HeldRow]]:
-    """Choose what is called again by itself, and what is parked again, to be applied with all that follows.
-
-    That is what needs other lanes and has never failed: it was held while one of them was under suspicion.
-    """
-    alone: list[HeldRow] = []
-    back: list[HeldRow] = []
-    for row in rows:
-        untried = row.attempts == 0 and not row.redriven and bool(row.kept.keys)
-        free = turn.notes is None and not set(row.kept.lanes) & set(suspected)
-        known = ("held", row.id) in turn.spoilers
-        (back if untried and free and not known and len(row.kept.lanes) > 1 else alone).append(row)
-    return alone, back
 
 
 def fate_of(failure: Failure | None) -> str:

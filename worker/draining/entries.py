@@ -19,6 +19,7 @@ from worker.draining.notes import Notes, Suspicion, verdict
 from worker.draining.parking import AT_ONCE as PARKED_AT_ONCE
 from worker.draining.parking import park
 from worker.draining.passes import Pass, Turn
+from worker.draining.retrying import Retrying
 from worker.draining.truncates import with_kept_keys
 from worker.draining.unparking import Unparking
 from worker.lanes import Lane, Lanes, News, Read
@@ -60,16 +61,17 @@ class Entries:
         self._visible = seen
         self._suspicions = suspicions
         self._batch = batch
-        self._unparking = Unparking(applying, self.gate, suspicions, batch)
+        self._retrying = Retrying(applying)
+        self._unparking = Unparking(applying, self._retrying, self.gate, suspicions, batch)
 
     async def retry(self, turn: Turn) -> bool:
-        """Try what is held and due; see `Applying.retry`."""
+        """Try what is held and due; see `Retrying.retry`."""
         suspected = {lane.number for lane in self._suspicions}
         if not suspected:
-            return await self._applying.retry(turn)
+            return await self._retrying.retry(turn)
         # One at a time: a suspected lane and those that it needs would refuse each other their rows.
         async with self.gate.taking() as alone:
-            return await self._applying.retry(turn, suspected) if alone else True
+            return await self._retrying.retry(turn, suspected) if alone else True
 
     async def take(self, turn: Turn, most: int, news: News | None = None) -> tuple[Sequence[int], bool]:
         """Apply what stands in the stream above the position, or park it; what is parked comes first.

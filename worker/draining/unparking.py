@@ -17,6 +17,7 @@ from worker.draining.items import Item, KeyItem
 from worker.draining.joint import Gate
 from worker.draining.notes import FEW, Notes, Suspicion, verdict
 from worker.draining.passes import Turn
+from worker.draining.retrying import Retrying
 from worker.held import HeldRow
 from worker.lanes import Lane
 from worker.overtaking import Applied
@@ -103,15 +104,22 @@ class Unparking:
 
     Args:
         applying: calls the handler.
+        retrying: lets go on what waits behind what failed.
         gate: of the handler's passes.
         suspicions: lanes of which one is under suspicion are not taken along.
         batch: changes that a worker may have in hand when it dies.
     """
 
     def __init__(
-        self, applying: Applying, gate: Gate, suspicions: MutableMapping[Lane, Suspicion], batch: int
+        self,
+        applying: Applying,
+        retrying: Retrying,
+        gate: Gate,
+        suspicions: MutableMapping[Lane, Suspicion],
+        batch: int,
     ) -> None:
         self._applying = applying
+        self._retrying = retrying
         self._gate = gate
         self._suspicions = suspicions
         self._batch = batch
@@ -274,7 +282,7 @@ class Unparking:
         others = any(row.holding > row.parked for row in turn.along.values())
         if others and await held.any_behind(turn.session, turn.lane.handler):
             keys = sorted({key for row in rows for key in row.kept.keys})
-            await self._applying.release(turn, keys)
+            await self._retrying.release(turn, keys)
 
     # What the handler is called with
 
