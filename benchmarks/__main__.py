@@ -15,7 +15,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import big, catch_up, drain, end_to_end, goals, idle, latency, plot, poison, scale, suite
+from benchmarks import (
+    backfill,
+    big,
+    catch_up,
+    drain,
+    end_to_end,
+    goals,
+    idle,
+    latency,
+    plot,
+    poison,
+    scale,
+    suite,
+)
 from benchmarks.contenders import FAILURES
 from benchmarks.report import Report, machine
 
@@ -30,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
         one.add_argument("--markdown", type=Path, metavar="FILE", help="write them there as tables")
         one.add_argument("--plot", type=Path, metavar="FILE", help="draw the rates there, as SVG")
-        if name != "big":
+        if name not in ("big", "backfill"):
             one.add_argument("--rounds", type=_whole, default=5, help="whose median counts (%(default)s)")
         return one
 
@@ -97,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=VALUE",
         help="setting of the daemon",
+    )
+
+    filling = add("backfill", backfill.TITLE)
+    filling.add_argument("--rows", type=_whole, default=1_000_000, help="of the table (%(default)s)")
+    filling.add_argument(
+        "--rate", type=_positive, default=500.0, help="changes a second meanwhile (%(default)s)"
     )
     return made
 
@@ -202,6 +221,8 @@ async def _run(options: argparse.Namespace, report: Report, running: _Running) -
                 rounds=options.rounds,
                 only=options.only,
             )
+        case "backfill":
+            await backfill.measure(report, rows=options.rows, rate=options.rate)
         case _:
             settings = dict(options.set)
             await big.measure(report, rows=options.rows, transport=options.transport, settings=settings)

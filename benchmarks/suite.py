@@ -15,7 +15,7 @@ from benchmarks.pipelines import Kind
 from benchmarks.report import Report
 from examples.demo.processes import DemoError
 
-TITLE = "all of them but `poison` and `big`, in less than 20 minutes"
+TITLE = "all of them but `poison`, `big` and `backfill`, in less than 20 minutes"
 NAMES: Final = ("drain", "latency", "catch-up", "end-to-end", "idle", "scale")
 LONGEST_SECONDS: Final = 19 * 60.0
 """Of the whole run, what it takes to end the processes of the last benchmark not counted."""
