@@ -152,6 +152,7 @@ Start = Callable[..., AbstractAsyncContextManager[Running]]
 
 @contextlib.asynccontextmanager
 async def running(behaviour: Behaviour | None = None, seed: int = 1) -> AsyncIterator[Running]:
+    others = asyncio.all_tasks()  # of a server that lives longer than this one
     realtime = RealtimeServer(secret=LOCAL_JWT_SECRET, behaviour=behaviour or Behaviour(), seed=seed)
     feed = HandFeed()
     feed.deliver = realtime.deliver
@@ -159,7 +160,7 @@ async def running(behaviour: Behaviour | None = None, seed: int = 1) -> AsyncIte
     try:
         yield Running(realtime, feed)
     finally:
-        before = {task for task in asyncio.all_tasks() if "standin" in task.get_name()}
+        before = {task for task in asyncio.all_tasks() - others if "standin" in task.get_name()}
         await realtime.stop()
         left = {task.get_name() for task in before if not task.done()}
         assert not left
