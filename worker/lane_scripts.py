@@ -49,7 +49,10 @@ for i = 7, #ARGV - 1, 3 do
   local name, id, entry = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   redis.call('XADD', base .. ':lane:' .. name, id, 'e', entry)
   room = room - #entry
-  if room > 0 and #ARGV < 200 then
+  if room <= 0 or #ARGV >= 200 then
+    -- All of a lane or nothing: whoever is told some of it would not look for the rest.
+    news[name] = false
+  elseif news[name] ~= false then
     local new = news[name] or {'', ''}
     news[name] = {new[1] .. '\\t' .. id .. '\\t' .. #entry, new[2] .. entry}
   end
@@ -142,12 +145,15 @@ return living
 
 # A lane goes to another worker, where it is ours to give and that one lives. Should the bell be lost, new
 # entries and sweeps ring it again.
-HAND_OVER = """
-if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[3]
-   or redis.call('EXISTS', ARGV[2] .. ':worker:' .. ARGV[4]) == 0 then
+HAND_OVER = (
+    _WAKE
+    + """
+local lane, mine, to = ARGV[4], ARGV[5], ARGV[6]
+if redis.call('HGET', KEYS[1], lane) ~= mine or redis.call('EXISTS', prefix .. ':worker:' .. to) == 0 then
   return 0
 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[4])
-redis.call('PUBLISH', ARGV[2] .. ':bell:' .. ARGV[4], ARGV[5] .. '\\te\\n' .. ARGV[1] .. '\\n\\n')
+redis.call('HSET', KEYS[1], lane, to)
+wake({lane}, KEYS[1], prefix, patience, base)
 return 1
 """
+)

@@ -344,7 +344,7 @@ class Lanes:
 
     async def hand_over(self, generation: str, lane: Lane, worker: str, to: str) -> bool:
         """Give a lane of one worker to another, which is told; False where that cannot be."""
-        arguments = [str(lane), self.prefix, worker, to, self.base(generation)]
+        arguments = [*self._arguments(generation), str(lane), worker, to]
         return bool(await self._hand_over(keys=[self.claims], args=arguments))
 
     async def workers(self) -> list[str]:

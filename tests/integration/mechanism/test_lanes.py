@@ -345,6 +345,21 @@ async def test_a_bell_tells_only_where_it_is_little(at: Bench, much: tuple[int, 
         assert (await rung())[1] == {A: []}
 
 
+async def test_of_a_lane_a_bell_tells_all_or_nothing(at: Bench) -> None:
+    to = writer(at)
+    await to.begin()
+    await at.lanes.claim(A, "one")
+    await at.lanes.claim(B, "one")
+    async with bell(at, "one") as rung:
+        stage(to, B, 11)
+        for n in range(3):
+            stage(to, A, 11 + n, payload=b"x" * 12_000)  # the third is too much
+        await to.flush()
+        told = (await rung())[1]
+    assert told[A] == []
+    assert len(told[B]) == 1
+
+
 async def test_old_generations_go_by_themselves(at: Bench) -> None:
     to = writer(at)
     await to.begin()
