@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,7 +213,7 @@ class Project:
     def settings(self) -> Settings:
         """The settings that its processes read."""
         names = {name: value for name, value in self.environment.items() if name.isupper()}
-        with _environment(names):
+        with only_environment(names):
             return Settings(_env_file=None)  # type: ignore[call-arg] # as config.settings does
 
     async def start(self, *command: str, name: str, **environment: str) -> Process:
@@ -266,6 +266,14 @@ class Project:
         self.db.terminate()
         self.db = await asyncpg.connect(self.database_url)
 
+    async def kill_all(self, slot: str) -> None:
+        """Kill its processes and drop its slot, which would keep the log of a server that others use, too."""
+        for process in self.processes:
+            await process.kill()
+        of_slot = f"from pg_replication_slots where slot_name = '{slot}'"
+        await self.until(f"select count(*) {of_slot} and active", 0)
+        await self.db.execute(f"select pg_drop_replication_slot(slot_name) {of_slot}")
+
     async def until(self, query: str, value: object, seconds: float = DEADLINE_SECONDS) -> None:
         """Wait until a query gives a value: commits of other processes send no signal."""
         deadline = time.monotonic() + seconds
@@ -277,7 +285,8 @@ class Project:
 
 
 @contextlib.contextmanager
-def _environment(names: Mapping[str, str]) -> Any:
+def only_environment(names: Mapping[str, str]) -> Iterator[None]:
+    """Have this environment, and no other, for a while."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(names)

@@ -30,11 +30,7 @@ async def shop(shared: Servers, request: pytest.FixtureRequest) -> AsyncIterator
     async with project(shared, handlers.TABLES, "tests.e2e.shop", **settings) as made:
         await made.db.execute(BEFORE)
         yield made
-        for process in made.processes:
-            await process.kill()
-        of_slot = f"from pg_replication_slots where slot_name = '{SLOT}'"
-        await made.until(f"select count(*) {of_slot} and active", 0)
-        await made.db.execute(f"select pg_drop_replication_slot(slot_name) {of_slot}")
+        await made.kill_all(SLOT)
 
 
 async def listening(shop: Project) -> Any:

@@ -64,11 +64,7 @@ async def shop(shared: Servers) -> AsyncIterator[Shop]:
         await made.worker()
         yield Shop(made)
         ended = [process.name for process in made.processes if process.process.returncode is not None]
-        for process in made.processes:
-            await process.kill()
-        of_slot = f"from pg_replication_slots where slot_name = '{slot}'"
-        await made.until(f"select count(*) {of_slot} and active", 0)
-        await made.db.execute(f"select pg_drop_replication_slot(slot_name) {of_slot}")
+        await made.kill_all(slot)
         assert not ended
         assert all("Traceback" not in process.text for process in made.processes)
 

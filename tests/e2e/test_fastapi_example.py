@@ -75,11 +75,7 @@ async def api(shared: Servers) -> AsyncIterator[Api]:
             httpx.AsyncClient(base_url=served.url, trust_env=False, timeout=30) as http,
         ):
             yield Api(made, supabase, http)
-        for process in made.processes:
-            await process.kill()
-        of_slot = f"from pg_replication_slots where slot_name = '{SLOT}'"
-        await made.until(f"select count(*) {of_slot} and active", 0)
-        await made.db.execute(f"select pg_drop_replication_slot(slot_name) {of_slot}")
+        await made.kill_all(SLOT)
 
 
 def error(answer: httpx.Response) -> tuple[int, str]:

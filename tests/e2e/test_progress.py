@@ -35,11 +35,7 @@ async def shop(shared: Servers, tmp_path_factory: pytest.TempPathFactory) -> Asy
     async with project(shared, TABLES, "progress_shop", **settings) as made:
         await made.db.execute("alter table orders replica identity full")
         yield made
-        for process in made.processes:
-            await process.kill()
-        of_slot = f"from pg_replication_slots where slot_name = '{SLOT}'"
-        await made.until(f"select count(*) {of_slot} and active", 0)
-        await made.db.execute(f"select pg_drop_replication_slot(slot_name) {of_slot}")
+        await made.kill_all(SLOT)
 
 
 async def looked_at(shop: Project, *words: str) -> tuple[int, str, str]:

@@ -20,11 +20,7 @@ async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Projec
         project(own, handlers.TABLES, "tests.e2e.shop", WORKER_DELIVERY="proven") as made,
     ):
         yield made
-        for process in made.processes:
-            await process.kill()
-        of_slot = "from pg_replication_slots where slot_name = 'tailrace'"
-        await made.until(f"select count(*) {of_slot} and active", 0)
-        await made.db.execute(f"select pg_drop_replication_slot(slot_name) {of_slot}")
+        await made.kill_all("tailrace")
 
 
 async def back_up(shop: Project, to: Path) -> None:

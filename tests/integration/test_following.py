@@ -21,11 +21,7 @@ async def shop(shared: Servers) -> AsyncIterator[Project]:
     }
     async with project(shared, handlers.TABLES, "tests.e2e.shop", **settings) as made:
         yield made
-        for process in made.processes:
-            await process.kill()
-        of_slot = f"from pg_replication_slots where slot_name = '{SLOT}'"
-        await made.until(f"select count(*) {of_slot} and active", 0)
-        await made.db.execute(f"select pg_drop_replication_slot(slot_name) {of_slot}")
+        await made.kill_all(SLOT)
 
 
 def about(process: Process, position: str) -> list[dict[str, object]]:

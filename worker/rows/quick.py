@@ -137,11 +137,6 @@ class Quick:
                 missing = absent.columns
         if new is not None:
             record = Record(new)
-        row = old if new is None else new
-        try:
-            key = () if row is None else tuple([row[name] for name in reader.shape.key])
-        except KeyError:
-            key = ()
         return Change(
             position=position,
             schema=raw.schema,
@@ -149,7 +144,7 @@ class Quick:
             type=raw.type,
             record=record,
             old_record=old_record,
-            key=key,
+            key=reader.shape.key_of(old if new is None else new),
             commit_timestamp=moment,
             source=reader.source,
             missing=missing,

@@ -117,13 +117,6 @@ def _change(  # noqa: PLR0913 - the parts of a change
     repaired: frozenset[str] = _NOTHING,
     unchanged: frozenset[str] = _NOTHING,
 ) -> Change:
-    row = old if new is None else new
-    key: tuple[Any, ...] = ()
-    if row is not None:
-        try:
-            key = tuple([dict.__getitem__(row, name) for name in shape.key])
-        except KeyError:
-            key = ()
     return Change(
         position=position,
         schema=raw.schema,
@@ -131,7 +124,7 @@ def _change(  # noqa: PLR0913 - the parts of a change
         type=raw.type,
         record=new,
         old_record=old,
-        key=key,
+        key=shape.key_of(old if new is None else new),
         commit_timestamp=_moment(raw.commit_timestamp),
         source=raw.source,
         attempt=attempt,

@@ -52,6 +52,16 @@ class Shape:
     """Values are Postgres's texts, not JSON."""
     _absent: dict[tuple[object, ...], "Absent"] = field(default_factory=dict)
 
+    def key_of(self, row: dict[str, Any] | None) -> tuple[Any, ...]:
+        """Give the values of the primary key; none where one of them is missing."""
+        if row is None:
+            return ()
+        try:
+            # Not by a Record's own way, which says why a column is missing.
+            return tuple([dict.__getitem__(row, name) for name in self.key])
+        except KeyError:
+            return ()
+
     def read(self, row: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
         """Decode the values of a row, without those that Postgres must read (unless they are NULL)."""
         if self.of_log:

@@ -4,8 +4,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from config.settings import Settings, load_settings
 from standin.embedded import EmbeddedPostgres, EmbeddedRedis
 from standin.server import Standin
 from tests.leaks import written
+from tests.stack import only_environment
 from worker.check.findings import Finding, Fix
 from worker.check.fixing import Done, fix, fixes_of
 from worker.check.rounds import run_checks
@@ -66,7 +67,7 @@ class Patients(NamedTuple):
         }
 
     def settings(self, **settings: str) -> Settings:
-        with environment(self.environment(**settings)):
+        with only_environment(self.environment(**settings)):
             return load_settings(None)
 
     async def connect(self) -> asyncpg.Connection:
@@ -162,15 +163,3 @@ class Patients(NamedTuple):
             await upgrade(engine, given)
 
         return await fix(given, fixes_of(findings, slots), migrate)
-
-
-@contextmanager
-def environment(names: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
