@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.e2e.supabase_services import Services, supabase_services
-from tests.stack import ROOT, SECRET, Project, Servers, _environment, project
+from tests.stack import ROOT, SECRET, Project, Servers, only_environment, project
 from worker.web import serve
 
 pytest.importorskip("fastapi", reason="requirements.lock has changed: make setup")
@@ -67,7 +67,7 @@ async def api(shared: Servers) -> AsyncIterator[Api]:
             "API_CORS_ORIGINS": ORIGIN,
             "API_MAX_FILE_BYTES": "1000",
         }
-        with _environment(environment):
+        with only_environment(environment):
             app = create_app(None, ApiSettings.load())
         async with (
             app.router.lifespan_context(app),
