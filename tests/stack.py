@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ SECRET = "the secret of these tests, long enough for HS256"
 DEADLINE_SECONDS = 30.0
 _TEMPLATE = "tailrace_template"
 _numbers = itertools.count(1)
-_template_made: set[int] = set()
+# Held weakly, and not by id(): a server that is gone leaves its number to the next one.
+_template_made: weakref.WeakSet[EmbeddedPostgres] = weakref.WeakSet()
 
 
 @dataclass
@@ -308,7 +310,7 @@ async def execute(url: str, statement: str) -> None:
 
 async def _template(postgres: EmbeddedPostgres) -> None:
     """Make the template once a server: an empty Supabase project with tailrace's tables."""
-    if id(postgres) in _template_made:
+    if postgres in _template_made:
         return
     await execute(postgres.dsn(), f"create database {_TEMPLATE}")
     url = postgres.dsn(_TEMPLATE)
@@ -322,7 +324,7 @@ async def _template(postgres: EmbeddedPostgres) -> None:
         env=_settings(url, "redis://127.0.0.1:1", "x", "y"),
     )
     assert await process.wait() == 0
-    _template_made.add(id(postgres))
+    _template_made.add(postgres)
 
 
 def _settings(database_url: str, redis_url: str, supabase_url: str, handlers: str) -> dict[str, str]:
