@@ -28,7 +28,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 run: $(STAMP) ## the main job; with nothing configured, the demo on the embedded stack (ARGS="--for 20")
-	@exec $(BIN)/python -m examples.main $(ARGS)
+	@STARTED_BY=$$PPID exec $(BIN)/python -m examples.main $(ARGS)
 
 test: $(STAMP) ## the tests (ARGS="-k lanes" chooses)
 	@exec $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)

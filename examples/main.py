@@ -1,6 +1,7 @@
 """`make run`: the main job on the configured project, or, where nothing is configured, the demo.
 
-Decides only which of the two. The settings are read and judged by `config.settings`.
+Decides only which of the two. The settings are read and judged by `config.settings`. Where `make` has started
+it, it ends with `make`, also with one that is killed.
 """
 
 import os
@@ -11,12 +12,21 @@ from dotenv import dotenv_values  # pydantic-settings reads .env with it
 
 from config.problems import environment_names
 from config.settings import Settings, Tunables
+from worker.parent import end_with_parent
 
 PROGRAM = "make run"
+STARTED_BY = "STARTED_BY"
+"""Variable in which make tells its process id."""
+END_SECONDS = 60.0
+"""After so long without make it is killed: well above the default of `WORKER_DRAIN_SECONDS`."""
 
 
 def main(arguments: list[str]) -> int:
     """Run what is configured; the exit code."""
+    # Taken out: nobody else is make's own child.
+    started_by = os.environ.pop(STARTED_BY, "")
+    if started_by.isdecimal():
+        end_with_parent(int(started_by), END_SECONDS)
     named = configured(os.environ, dotenv_values(".env"))
     if not named:
         from examples.demo.__main__ import main as demo  # noqa: PLC0415 - a configured project needs no stand-in

@@ -49,6 +49,8 @@ ROOT = Path(__file__).parent.parent
 OWN_MIGRATIONS = ROOT / "migrations"
 FORCE_SECONDS = 3.0
 STARTING = "starting"
+ARQ = ("arq", "worker.jobs.WorkerSettings")
+"""What a worker is: a module, for arq's own script may lie anywhere, and its argument."""
 
 
 def listen(settings: Settings) -> int:
@@ -236,25 +238,29 @@ def run(settings: Settings) -> int:
     code = migrate(settings, sql=False)
     if code:
         return code
-    return asyncio.run(
-        _supervise([[sys.executable, "-m", "worker", "listen"], arq_command()], settings.drain_seconds)
-    )
+    return asyncio.run(_supervise([["worker", "listen"], ARQ], settings.drain_seconds + 2 * FORCE_SECONDS))
 
 
-def arq_command() -> list[str]:
-    """Give the command that starts a worker; arq's own script may lie anywhere, its module does not."""
-    return [sys.executable, "-m", "arq", "worker.jobs.WorkerSettings"]
+async def _supervise(modules: Sequence[Sequence[str]], seconds: float) -> int:
+    """Run modules side by side; when a signal comes or one ends, end them all. Returns the worst code.
 
+    Killed, it cannot end them: then they end themselves (see parent.py).
 
-async def _supervise(commands: Sequence[Sequence[str]], seconds: float) -> int:
-    """Run commands side by side; when a signal comes or one ends, end them all. Returns the worst code."""
+    Args:
+        modules: each a module's name and its arguments.
+        seconds: what is still there so long after it was asked to end is killed.
+    """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     # In sessions of their own: Ctrl-C reaches this process alone, which passes it on in good order.
+    child = [sys.executable, "-m", "worker.parent", str(seconds)]
     processes = [
-        await asyncio.create_subprocess_exec(*command, start_new_session=True) for command in commands
+        await asyncio.create_subprocess_exec(
+            *child, *module, stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        for module in modules
     ]
     waits = [asyncio.ensure_future(process.wait()) for process in processes]
     signalled = asyncio.ensure_future(ended.wait())
@@ -264,7 +270,7 @@ async def _supervise(commands: Sequence[Sequence[str]], seconds: float) -> int:
     for process in processes:
         if process.returncode is None:
             process.terminate()
-    _, late = await asyncio.wait(waits, timeout=seconds + 2 * FORCE_SECONDS)
+    _, late = await asyncio.wait(waits, timeout=seconds)
     for process in processes:
         if process.returncode is None:
             process.kill()
@@ -380,4 +386,4 @@ def _run_alembic(connection: Connection, folder: Path) -> None:
     alembic.command.upgrade(config, "head")
 
 
-__all__ = ["arq_command", "listen", "migrate", "run", "upgrade", "work"]
+__all__ = ["listen", "migrate", "run", "upgrade", "work"]

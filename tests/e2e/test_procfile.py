@@ -118,6 +118,33 @@ async def test_run_ends_when_one_of_both_ends(shop: Project, dies: str) -> None:
     assert not living(pids)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("start", ["exec python -m worker run", "exec make --silent run"])
+async def test_both_end_in_good_order_when_what_started_them_is_killed(shop: Project, start: str) -> None:
+    # make would set up an environment of its own: here it is to do nothing else but run.
+    make = f" --file {ROOT / 'Makefile'} --old-file .venv/.installed BIN={BIN}" if "make" in start else ""
+    both = await shop.start("sh", "-c", start + make, name="run")
+    await asyncio.gather(both.said("subscribed"), both.said("working"))
+    await works(shop)
+    pids = children(both)
+    both.process.kill()
+    await gone(pids)
+    await both.ended(STOP_SECONDS)  # the log, too: nobody is left who would write it
+    assert [line["message"] for line in both.lines].count("stopped") == 2
+    assert await shop.db.fetchval("select lease_token is null from tailrace.source")
+    assert "Traceback" not in both.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+async def test_a_child_without_its_parent_from_the_beginning_does_not_stay(shop: Project) -> None:
+    command = (sys.executable, "-m", "worker.parent", "20", "worker", "listen")
+    listener = await shop.start("sh", "-c", 'true | exec "$@"', "sh", *command, name="listener")
+    await listener.ended(STOP_SECONDS)
+    assert listener.process.returncode in {0, 128 + signal.SIGTERM}
+    # Nothing of it is in the way of the next one.
+    await shop.listener()
+
+
 @pytest.mark.parametrize("away", ["DATABASE_URL", "REDIS_URL"])
 async def test_sigterm_while_waiting_at_the_start_ends_with_0(shop: Project, away: str) -> None:
     async with Relay(shop.environment[away]) as relay:

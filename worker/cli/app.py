@@ -76,7 +76,8 @@ def work() -> None:
 def run() -> None:
     """Run migrations, and then a listener and a worker together, as one process tree.
 
-    For one machine. Where one of the two ends, the other one is ended, too.
+    For one machine. Where one of the two ends, the other one is ended, too. Killed, this command takes
+    both along: they end in good order, as on SIGTERM.
     """
     from worker.cli import commands  # noqa: PLC0415 - see the module's docstring
 
