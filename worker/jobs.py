@@ -5,7 +5,6 @@ drain's. The settings are read when arq asks for `WorkerSettings`, not when this
 """
 
 import asyncio
-import gc
 import os
 import signal
 import socket
@@ -27,6 +26,7 @@ from worker import telemetry
 from worker.draining.workshop import Workshop
 from worker.errors import ConfigurationError
 from worker.lanes import Lane
+from worker.processes import announce, cancel_until_done, settle_memory
 from worker.queue import PatientRedis, arq_settings, decode_job, encode_job
 from worker.search_path import search_here_first
 from worker.supervision import attend
@@ -39,9 +39,6 @@ MOST_JOBS = 1_000
 JOB_SECONDS = 10
 """A job takes a moment; that of a killed worker stands in the queue for so long and ten seconds more."""
 LAST_RESORT_SECONDS = 3.0
-GARBAGE = 20_000
-"""Objects that may come to be between two collections, as many as a pass makes: 700 by default."""
-CANCEL_AGAIN_SECONDS = 4.0
 
 
 class WorkerProcess:
@@ -198,32 +195,6 @@ class WorkerProcess:
         await announce(self._pool, self._settings.queue, lane)
 
 
-def cancel_until_done(task: "asyncio.Future[Any]") -> None:
-    """Cancel a task, and again every few seconds until it ends.
-
-    Python 3.11 may lose a cancellation that meets the end of a timeout (python/cpython#86296).
-    """
-    if not task.done():
-        task.cancel()
-        asyncio.get_running_loop().call_later(CANCEL_AGAIN_SECONDS, cancel_until_done, task)
-
-
-def settle_memory() -> None:
-    """Keep what was loaded at the start out of garbage collections: a full one stops the loop for 80 ms.
-
-    And collect less often: of what a pass has in hand nothing is garbage before its end.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GARBAGE, *gc.get_threshold()[1:])
-
-
-async def announce(redis: PatientRedis, queue: str, lane: Lane) -> None:
-    """Put a lane's job on arq's queue, and tell the workers that are waiting."""
-    await redis.enqueue_job("drain", lane.handler, lane.number, _queue_name=queue)
-    await redis.publish(f"{queue}:jobs", b"")
-
-
 def _tell(error: ConfigurationError) -> None:
     for problem in error.problems:
         print(f"tailrace: {problem}", file=sys.stderr)  # noqa: T201 - the log may not be set up yet
@@ -295,4 +266,4 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - as PEP 562 has it
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Redis", "WorkerProcess", "announce", "worker_settings"]
+__all__ = ["Redis", "WorkerProcess", "worker_settings"]

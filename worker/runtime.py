@@ -25,13 +25,13 @@ from config.supervisor import read_supervisor
 from worker import delivery, loader, telemetry
 from worker.database import DATABASE_ERRORS, explain, make_engine, wait_until_up
 from worker.delivery import UNPROTECTED
-from worker.draining.workshop import load_handlers
 from worker.errors import ConfigurationError
+from worker.fitting import load_handlers
 from worker.hooks import Inbox
-from worker.jobs import announce, cancel_until_done, settle_memory
 from worker.lanes import Lane, Lanes
 from worker.listener import Listener
 from worker.operating import Operations, waker
+from worker.processes import announce, cancel_until_done, settle_memory
 from worker.queue import PatientRedis, connection_pool
 from worker.supervision import attend, end
 from worker.tokens import Tokens

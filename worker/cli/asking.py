@@ -14,8 +14,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.settings import Settings
 from worker.cli.progress import progress
 from worker.database import explain, make_engine
-from worker.draining.workshop import load_handlers
 from worker.errors import TailraceError
+from worker.fitting import load_handlers
 from worker.status import read_status
 from worker.verify import verify
 from worker.web.serving import Served

@@ -9,19 +9,16 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 from redis.asyncio import Redis
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
-from supabase import AsyncClient
 
 from config.settings import Settings
 from worker import loader, telemetry
 from worker.cache import Cache
-from worker.catalogue import Catalogue, read_catalogue
 from worker.change import Context
 from worker.database import make_engine, wait_until_up
 from worker.draining.alerting import Alerting
@@ -31,7 +28,7 @@ from worker.draining.items import Decoder
 from worker.draining.trims import SECONDS as TRIM_SECONDS
 from worker.draining.trims import Trims
 from worker.draining.turns import SWEEP_SECONDS, Draining, Enqueue
-from worker.errors import ConfigurationError
+from worker.fitting import load_handlers
 from worker.forgetting import cached_tables
 from worker.lanes import Lanes
 from worker.positions import Seen
@@ -40,11 +37,12 @@ from worker.queue import connection_pool
 from worker.registry import Handler
 from worker.retries import Backoff, Policy
 from worker.schema_watch import SchemaWatch
-from worker.supabase import SupabaseClients
 from worker.tracing import traces_of
-from worker.wal.publication import recorded_keys
 
 if TYPE_CHECKING:
+    from supabase import AsyncClient
+
+    from worker.supabase import SupabaseClients
     from worker.tracing.spans import Traces
 
 log = structlog.get_logger(__name__)
@@ -54,26 +52,29 @@ AT_ONCE = 8
 DEAF_SECONDS = 10 * SWEEP_SECONDS
 
 
-async def load_handlers(
-    settings: Settings, engine: AsyncEngine, delivery: Literal["plain", "proven"]
-) -> tuple[tuple[Handler, ...], Catalogue]:
-    """Load the handlers and hold them against the database.
+class _Clients:
+    """Lends the Supabase client, whose libraries are loaded when a handler first asks for it.
 
-    Raises:
-        ConfigurationError: with everything that does not fit.
+    They take 8 MiB, and most handlers never ask. Where a handler's module imports them, for a type perhaps,
+    they are loaded at the start.
     """
-    handlers = loader.load(settings.handlers)
-    tables = {(one.schema, one.table) for handler in handlers for one in handler.subscriptions}
-    async with engine.connect() as connection:
-        catalogue = await read_catalogue(connection, settings.publication, tables)
-        keys = await recorded_keys(connection)
-    catalogue.tables = {
-        name: replace(table, earlier_keys=keys.get(name, ())) for name, table in catalogue.tables.items()
-    }
-    problems = loader.validate(handlers, catalogue, delivery, publication=settings.publication)
-    if problems:
-        raise ConfigurationError(problems)
-    return handlers, catalogue
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._made: SupabaseClients | None = None
+
+    def get(self) -> "AsyncClient":
+        """Give the client."""
+        if self._made is None:
+            from worker.supabase import SupabaseClients  # noqa: PLC0415 - see above
+
+            self._made = SupabaseClients(self._settings)
+        return self._made.get()
+
+    async def close(self) -> None:
+        """Close what the client has opened."""
+        if self._made is not None:
+            await self._made.close()
 
 
 class Workshop:
@@ -109,7 +110,7 @@ class Workshop:
             settings.database_url.get_secret_value(), name="tailrace worker", size=AT_ONCE + 2
         )
         redis: Redis = Redis(connection_pool=connection_pool(settings.redis_url.get_secret_value()))
-        clients = SupabaseClients(settings)
+        clients = _Clients(settings)
         tracing = AsyncExitStack()
         try:
             loader.load(settings.handlers)  # what is wrong with the code is told before any waiting
@@ -200,7 +201,7 @@ async def _drains(
     engine: AsyncEngine,
     handlers: Sequence[Handler],
     watch: SchemaWatch,
-    clients: SupabaseClients,
+    clients: _Clients,
     traces: "Traces | None",
     pulse: Pulse,
     trims: Trims,
@@ -248,7 +249,7 @@ def make_cache(redis: Redis, settings: Settings, handlers: Sequence[Handler]) ->
     return Cache(redis, settings.queue, cached_tables(handler.function for handler in handlers))
 
 
-def _contexts(handler: Handler, redis: Redis, clients: SupabaseClients, cache: Cache) -> Any:  # noqa: ANN401 - a function from key to context
+def _contexts(handler: Handler, redis: Redis, clients: _Clients, cache: Cache) -> Any:  # noqa: ANN401 - a function from key to context
     logger = structlog.get_logger(handler.function.__module__).bind(handler=handler.name)
 
     def make(idempotency_key: str | None) -> Context:
@@ -259,4 +260,4 @@ def _contexts(handler: Handler, redis: Redis, clients: SupabaseClients, cache: C
     return make
 
 
-__all__ = ["AsyncClient", "Workshop", "load_handlers"]
+__all__ = ["Workshop"]

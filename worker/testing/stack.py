@@ -21,8 +21,8 @@ from standin.embedded import EmbeddedPostgres, EmbeddedRedis, bootstrap_supabase
 from worker import loader, runtime
 from worker.catalogue import Catalogue, quote
 from worker.database import make_engine
-from worker.draining.workshop import load_handlers
 from worker.errors import ConfigurationError
+from worker.fitting import load_handlers
 from worker.registry import Handler
 
 Tables = str | Path | MetaData

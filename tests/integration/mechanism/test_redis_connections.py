@@ -11,8 +11,8 @@ from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocket
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tests.stack import Servers
-from worker.jobs import announce
 from worker.lanes import Lane
+from worker.processes import announce
 from worker.queue import PatientRedis, connection_pool
 
 
