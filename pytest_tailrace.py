@@ -42,7 +42,8 @@ def tailrace_stack() -> "Iterator[Stack]":
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in {"standin", "asyncpg"}:
             raise
-        raise pytest.UsageError("the fixtures of Tailrace need: pip install 'tailrace[standin]'") from error
+        needed = "the fixtures of Tailrace need: pip install '../tailrace[standin]', which is your checkout"
+        raise pytest.UsageError(needed) from error
     with Stack() as stack:
         yield stack
 

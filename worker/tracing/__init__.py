@@ -75,7 +75,7 @@ async def traces_of(settings: Settings, process: str) -> "AsyncIterator[Traces |
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise
-        needed = "WORKER_TRACES needs OpenTelemetry: install tailrace with the extra otel, or leave it out"
+        needed = "WORKER_TRACES needs OpenTelemetry: pip install '../tailrace[otel]', which is your checkout"
         raise ConfigurationError([needed]) from None
     provider = exporting(settings.traces_endpoint, f"tailrace-{process}")
     try:
