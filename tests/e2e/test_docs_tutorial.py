@@ -95,10 +95,8 @@ class Reader:
 
     async def compare(self, text: str) -> None:
         if not self.query:
-            # How wide a terminal is taken to be decides where lines are broken.
-            shown = "".join(self.shown.split())
-            missing = [line for line in text.splitlines() if "".join(line.split()) not in shown]
-            assert missing == [], self.shown
+            shown = self.shown.splitlines()
+            assert [line for line in text.splitlines() if line not in shown] == [], self.shown
             return
         header, *rows = [line.split() for line in text.splitlines()]
         found: list[Any] = []
