@@ -93,7 +93,7 @@ class Journal:
         self._engine = engine
         self._rereads = clock is None
         """The source gives positions, and what Redis loses can be read again from it; else it is a gap."""
-        self._commit = self._behinds = 0
+        self._commit = self._behinds = self._passed_before = 0
         self._outside = asyncio.Event()
         if clock is not None:
             self._outside.set()
@@ -146,9 +146,15 @@ class Journal:
         self._commit = position.lsn
         self._outside.clear()
 
+    def passed_before(self, lsn: int) -> None:
+        """Note up to where lanes may be at the start of a reading: they may be ahead of it for long."""
+        self._passed_before = lsn
+
     def outside(self) -> None:
         """Note that the last transaction is wholly written."""
-        self._outside.set()
+        # Keys put behind a transaction that a lane has passed would stand below its position, and be lost.
+        if self._commit >= self._passed_before:
+            self._outside.set()
 
     async def put_keys(self, handler: Handler, keys: Sequence[bytes]) -> None:
         """Write keys that a derive handler is to compute, whatever changed."""

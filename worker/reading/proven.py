@@ -104,8 +104,7 @@ class ProvenReading:
         self._server = server
         self._flushed = server.flushed
         await self._begin_generation(start, server, judgement, remembered)
-        # A commit to begin with: a backfill needs one to stand behind. Before there is a reader to be closed.
-        await self._doorbell.write_canary()
+        await self._mark_present()
         self._reader = await open_reader(
             self._transport,
             url=direct.get_secret_value() if direct else url,
@@ -116,6 +115,14 @@ class ProvenReading:
         )
         self._read_to = start
         self._advanced = (start, time.monotonic())
+
+    async def _mark_present(self) -> None:
+        """Write a commit for backfills to stand behind: it is beyond all that any lane has passed so far."""
+        if self.journal is not None:
+            async with self._ground.engine.connect() as connection:
+                self.journal.passed_before((await read_server(connection)).flushed)
+        # Before there is a reader to be closed.
+        await self._doorbell.write_canary()
 
     async def _begin_generation(
         self, start: int, server: Server, judgement: Judgement, remembered: record.Remembered

@@ -35,6 +35,25 @@ class Listening:
         self.ground = ground
         self.token = token
         self.reading = ProvenReading(ground, token)
+        self._running: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin a reading, and read."""
+        await self.reading.begin()
+        self._running = asyncio.create_task(self.read(), name="test: reading")
+
+    async def stop(self) -> None:
+        """Read no more."""
+        if self._running is not None:
+            self._running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._running
+
+    async def start_again(self) -> None:
+        """Begin another reading, as after a restart."""
+        await self.stop()
+        self.reading = ProvenReading(self.ground, self.token)
+        await self.start()
 
     async def read(self) -> None:
         """Read, and read again where that is asked for: a machine under load may lose a connection."""
@@ -127,14 +146,11 @@ async def listening(made: Project, handlers: Sequence[Handler]) -> AsyncIterator
     token = lease.new_name()
     assert await lease.take(engine, token, "test")
     one = Listening(made, ground, token)
-    await one.reading.begin()
-    running = asyncio.create_task(one.read(), name="test: reading")
     try:
+        await one.start()
         yield one
     finally:
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        await one.stop()
         await made.until(
             "select count(*) from pg_replication_slots where slot_name = 'tailrace' and active", 0
         )
