@@ -92,8 +92,12 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[DrivenSession]:
     async with engine.connect() as connection:
         try:
             await _adapter(connection)._start_transaction()  # noqa: SLF001 - SQLAlchemy does so with its first statement
-        except Exception as error:
-            await _doubt(connection, error)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                await _doubt(connection, error)
+            else:
+                # It may have begun all the same: whoever had the connection next would be a part of it.
+                await asyncio.shield(connection.invalidate())
             raise
         session = DrivenSession(connection)
         try:

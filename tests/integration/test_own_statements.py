@@ -164,6 +164,38 @@ async def test_a_cancelled_pass_leaves_nothing_behind(engine: AsyncEngine) -> No
     assert await idle(engine)
 
 
+@pytest.mark.parametrize("how", ["BEGIN", "COMMIT", "ROLLBACK"])
+async def test_a_pass_cancelled_at_its_begin_or_end_spoils_no_connection(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A connection that is left within a transaction would take the next one for a part of it."""
+    execute = asyncpg.Connection.execute
+
+    async def cancelled(connection: asyncpg.Connection, query: str, *rest: object, **named: object) -> str:
+        if query.startswith(how):
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()  # as soon as the statement is under way
+        return str(await execute(connection, query, *rest, **named))
+
+    async def work() -> None:
+        async with transaction(engine) as session:
+            await run(session, INSERT, 1)
+            if how == "ROLLBACK":
+                raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncpg.Connection, "execute", cancelled)
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(work())
+    assert await idle(engine)
+    before = await count(engine)
+    async with transaction(engine) as one, transaction(engine) as another:
+        await run(one, INSERT, 2)
+        await run(another, INSERT, 3)
+    assert await count(engine) == before + 2
+
+
 @pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
 async def test_a_session_that_is_given_up_loses_all(engine: AsyncEngine, *, used: bool) -> None:
     given_up: list[DrivenSession] = []
