@@ -4,7 +4,7 @@ One row a lane, locked by whoever drains it and moved in the handler's own trans
 else, makes effects exactly-once. Nothing here decides what to apply.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import TextClause, text
@@ -27,6 +27,10 @@ class Limits(NamedTuple):
     """Between two statements; a handler that waits for the outside world lives within it."""
     total_ms: int
     """From begin to commit; 0 for servers that know no such limit."""
+
+    def texts(self) -> tuple[str, str | None]:
+        """Give both as Postgres's settings have them."""
+        return str(self.idle_ms), str(self.total_ms) if self.total_ms else None
 
 
 class LaneRow(NamedTuple):
@@ -97,6 +101,7 @@ _READ = f"select {_ROW} {_FROM}"
 # A dead or frozen process must not keep the row: Postgres ends its transaction by itself (kernel answers
 # keep-alives of a stopped process, and a killed one is noticed only when the statement it runs has ended).
 _TAKE = "select * from tailrace.take_lane($1, $2, $3, $4)"
+_TAKE_SEVERAL = "select * from tailrace.take_lanes($1, $2, $3, $4)"
 _LOCK_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update skip locked")
 _WAIT_FOR_OTHERS = text(f"{_READ} any (cast(:lanes as integer[])) order by lane for update")
 _LOOK = text(f"{_READ} any (cast(:lanes as integer[]))")
@@ -132,6 +137,12 @@ _MOVE = (
     " read = read + $5, applied = applied + $6, holding = holding + $7, parked = parked + $8,"
     " moved_at = clock_timestamp() where handler = $1 and lane = $2"
 )
+_MOVE_SEVERAL = (
+    "update tailrace.lanes l set lsn = m.lsn, ordinal = m.ordinal, arrived_lsn = null, arrived_ordinal = null"
+    ", read = read + m.changes, applied = applied + m.changes, moved_at = clock_timestamp()"
+    " from unnest($2::integer[], $3::bigint[], $4::bigint[], $5::bigint[]) m (lane, lsn, ordinal, changes)"
+    " where l.handler = $1 and l.lane = m.lane"
+)
 _COUNT_WAITING = text(
     "update tailrace.lanes set holding = holding + :holding, parked = parked + :parked"
     " where handler = :handler and lane = :lane"
@@ -151,9 +162,19 @@ async def take(session: AsyncSession, lane: Lane, limits: Limits) -> tuple[LaneR
     Raises:
         asyncpg.LockNotAvailableError: somebody else holds the row.
     """
-    total = str(limits.total_ms) if limits.total_ms else None
-    found = await run(session, _TAKE, lane.handler, lane.number, str(limits.idle_ms), total)
+    found = await run(session, _TAKE, lane.handler, lane.number, *limits.texts())
     return (_row(found[0]), _source(found[0][7:])) if found else None
+
+
+async def take_several(
+    session: AsyncSession, handler: str, lanes: Sequence[int], limits: Limits
+) -> tuple[dict[int, LaneRow], SourceRow] | None:
+    """Begin a transaction over several lanes, as `take` does: without those that somebody else holds.
+
+    Returns None where there is none left.
+    """
+    found = await run(session, _TAKE_SEVERAL, handler, lanes, *limits.texts())
+    return ({row[0]: _row(row) for row in found}, _source(found[0][7:])) if found else None
 
 
 async def lock_others(session: AsyncSession, handler: str, lanes: Sequence[int]) -> dict[int, LaneRow]:
@@ -270,6 +291,15 @@ async def move(session: AsyncSession, lane: Lane, to: Position, moved: Moved = M
         moved: by how much its counters change.
     """
     await run(session, _MOVE, lane.handler, lane.number, to.lsn, to.ordinal, *moved)
+
+
+async def move_several(
+    session: AsyncSession, handler: str, moves: Mapping[int, tuple[Position, int]]
+) -> None:
+    """Move lanes, each to a position above its own and by so many changes, all of which were applied."""
+    places, changes = [place for place, _ in moves.values()], [count for _, count in moves.values()]
+    lsns, ordinals = [place.lsn for place in places], [place.ordinal for place in places]
+    await run(session, _MOVE_SEVERAL, handler, list(moves), lsns, ordinals, changes)
 
 
 async def count_waiting(session: AsyncSession, lane: Lane, holding: int, parked: int) -> None:

@@ -216,9 +216,10 @@ insert into tailrace.canary (token) values ('none');
 """
 
 # How a pass begins, in one round trip. Each statement of a volatile function has a snapshot of its own, so
-# that what is read after the lock is what the last holder left; and the lock never waits.
-TAKE_LANE = """
-create function tailrace.take_lane(the_handler text, the_lane integer, idle text, total text)
+# that what is read after the lock is what the last holder left; and the lock never waits. A pass over several
+# lanes goes without those that somebody else has locked.
+_TAKE = """
+create function tailrace.{name}(the_handler text, {argument}, idle text, total text)
 returns table (
   lane integer, lsn bigint, ordinal bigint, arrived_lsn bigint, arrived_ordinal bigint, holding integer,
   parked integer, generation text, floor_lsn bigint, floor_ordinal bigint, lanes integer, history text,
@@ -226,11 +227,13 @@ returns table (
 )
 language plpgsql volatile as $$
 #variable_conflict use_column
+declare
+  taken integer[];
 begin
   perform set_config('idle_in_transaction_session_timeout', idle, true),
     set_config('client_connection_check_interval', '1000', true),
     case when total is not null then set_config('transaction_timeout', total, true) end;
-  perform from tailrace.lanes l where l.handler = the_handler and l.lane = the_lane for update nowait;
+  {lock};
   return query
     select l.lane, l.lsn, l.ordinal, l.arrived_lsn, l.arrived_ordinal, l.holding, l.parked,
       s.generation, s.floor_lsn, s.floor_ordinal, s.lanes, s.history, s.delivery,
@@ -239,10 +242,24 @@ begin
       coalesce((select h.paused from tailrace.handlers h where h.name = the_handler), false),
       exists (select from tailrace.held d where d.handler = the_handler and d.status = 'dead'),
       pg_current_snapshot()::text, s.format
-    from tailrace.lanes l, tailrace.source s where l.handler = the_handler and l.lane = the_lane;
+    from tailrace.lanes l, tailrace.source s where l.handler = the_handler and l.lane {which};
 end
 $$
 """
+TAKE_LANE = _TAKE.format(
+    name="take_lane",
+    argument="the_lane integer",
+    lock="perform from tailrace.lanes l"
+    " where l.handler = the_handler and l.lane = the_lane for update nowait",
+    which="= the_lane",
+)
+TAKE_LANES = _TAKE.format(
+    name="take_lanes",
+    argument="the_lanes integer[]",
+    lock="taken := array(select l.lane from tailrace.lanes l"
+    " where l.handler = the_handler and l.lane = any (the_lanes) order by l.lane for update skip locked)",
+    which="= any (taken)",
+)
 
 # What is deferred is checked now, and deferred again, in one round trip: after each call made with care.
 CHECK_CONSTRAINTS = """
@@ -272,13 +289,14 @@ def upgrade() -> None:
         if statement.strip():
             op.execute(statement)
     op.execute(TAKE_LANE)
+    op.execute(TAKE_LANES)
     op.execute(CHECK_CONSTRAINTS)
     op.execute(GRANTS)
 
 
 def downgrade() -> None:
     """Drop the tables, and with them all knowledge of what was applied."""
-    op.execute("drop function tailrace.take_lane, tailrace.check_constraints")
+    op.execute("drop function tailrace.take_lane, tailrace.take_lanes, tailrace.check_constraints")
     op.execute(
         "drop table tailrace.canary, tailrace.backfills, tailrace.gaps, tailrace.audit, tailrace.payloads,"
         " tailrace.held, tailrace.lanes, tailrace.handlers, tailrace.source"

@@ -4,6 +4,7 @@ Everything here runs in the transaction of one pass, under its lane's lock; whic
 order of steps around it, is the drain's business (drain.py).
 """
 
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -103,7 +104,7 @@ class Applying:
         verdicts: list[tuple[KeyItem, Failure | None]] = []
         items = self._typed(turn, counts, verdicts)
         if not turn.careful:
-            await self.whole(self.keys_call(turn), items)
+            await self._called(turn, self.keys_call(turn), items)
             turn.progress.applied += sum(counts.values())
             _tell_of(turn, batch, waiting)
             return
@@ -150,7 +151,7 @@ class Applying:
             blocked.add(read.entry.keys)
         if not turn.careful:
             items = await self._decoded(turn, free if blocked else batch)
-            await self.whole(self.changes_call(turn), items)
+            await self._called(turn, self.changes_call(turn), items)
             applied = items
         else:
             items = [readable[read.position] for read in free]
@@ -239,6 +240,13 @@ class Applying:
             await self._caller.changes(turn.session, [item.change for item in items], name)
 
         return call
+
+    async def _called(self, turn: Turn, call: Call[ItemT], items: Sequence[ItemT]) -> None:
+        """Call with the whole batch, and note how long it took."""
+        began = time.perf_counter()
+        await self.whole(call, items)
+        turn.progress.called_seconds += time.perf_counter() - began
+        turn.progress.called += len(items)
 
     async def whole(self, call: Call[ItemT], items: Sequence[ItemT]) -> None:
         """Call with the whole batch, without savepoints: nearly always all is well."""

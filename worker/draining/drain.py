@@ -26,7 +26,9 @@ from worker.draining.items import Decoder
 from worker.draining.meetings import other_lanes
 from worker.draining.notes import Notes, Suspicion
 from worker.draining.passes import Pass, Progress, Turn
+from worker.draining.several import Several, Shared
 from worker.draining.trims import Trims
+from worker.draining.worth import Worth
 from worker.driver import transaction
 from worker.errors import NewerFormat, RedisLost
 from worker.lanes import Lane, News, check_format
@@ -72,6 +74,8 @@ class Drain:
         self._stuck_seconds = STUCK_SECONDS + caller.timeout
         self._suspicions: dict[Lane, Suspicion] = {}
         self._entries = Entries(self._applying, trims.lanes, seen or Seen(), self._suspicions, batch)
+        self._several = Several(engine, self._applying, self._entries, limits)
+        self._worth = Worth()
 
     def suspect(self, lane: Lane, worker: str, alone: asyncio.Lock) -> None:
         """Note that the worker before this one has died over a lane: perhaps of one of its changes.
@@ -103,7 +107,9 @@ class Drain:
         full, taken = False, self._most
         try:
             async with self._entries.gate.passing():
+                passing = time.perf_counter()
                 progress = await self._until_applied(lane, news)
+                self._worth.learn(progress, time.perf_counter() - passing)
             full, taken = progress.ended is Pass.MORE and progress.applied > 0, progress.read or taken
             return progress
         finally:
@@ -124,6 +130,37 @@ class Drain:
             self._most = min(self._most, max(1, taken // 4))
         elif full and seconds < SLOW_PASS_SECONDS / 4:
             self._most = min(self._batch, self._most * 2)
+
+    @property
+    def shares(self) -> bool:
+        """Lanes that have to wait for each other are worth a transaction together."""
+        return self._worth.shares and not self._careful and not self._suspicions
+
+    async def run_several(self, news: Mapping[Lane, News]) -> Shared:
+        """Make one pass over several lanes, whatever of them is plain.
+
+        Args:
+            news: what stands in their streams above their positions, as far as bells have told.
+
+        Whatever goes wrong, the lanes that are not in the answer are to be passed over one by one.
+        """
+        told = self._traces is not None or following.follows()
+        try:
+            async with self._entries.gate.passing():
+                with self._pulse.working(f"a pass over lanes of {self.handler.name}", self._stuck_seconds):
+                    began = time.perf_counter()
+                    shared = await self._several.apply(news, self._most, told=told)
+                    seconds = time.perf_counter() - began
+        except Exception:  # noqa: BLE001 - each lane's own pass finds out what it is, and tells
+            self._worth.keep_apart()
+            return Shared()
+        self._worth.learn(shared.progress, seconds)
+        self._adapt(seconds, shared.progress.read or self._most, full=False)
+        if self._traces is not None:
+            self._traces.passed(self.handler.name, shared.progress)
+        for lane, progress in shared.lanes.items():
+            await self._forget(shared.generation, lane, progress)
+        return shared
 
     async def _until_applied(self, lane: Lane, news: News | None) -> Progress:
         # After a failure others are likely: a pass with care costs less than two passes.
@@ -227,8 +264,9 @@ class Drain:
             if self._traces is not None:
                 self._traces.passed(lane.handler, progress)
             following.passed(lane.handler, lane.number, progress.fates)
-        if generation is None:
-            return progress
+        return progress if generation is None else await self._forget(generation, lane, progress)
+
+    async def _forget(self, generation: str, lane: Lane, progress: Progress) -> Progress:
         try:
             if progress.notes is not None:
                 await progress.notes.end()

@@ -133,10 +133,14 @@ class Entries:
         waits = turn.source.paused or turn.row.parked > 0 or turn.progress.parked[turn.lane.number] > 0
         if news is None or waits or turn.notes is not None:
             return []
+        return self.following(turn, turn.row.position, news)
+
+    def following(self, turn: Turn, position: Position, news: News) -> list[Read]:
+        """Give what a bell has told of a lane above its position; nothing where something is missing."""
         if news.base != self._lanes.base(str(turn.source.generation)):
             return []
-        reads = [read for read in news.reads if read.position > turn.row.position]
-        return [] if has_hole(turn.row.position, reads, turn.source.floor) else reads
+        reads = [read for read in news.reads if read.position > position]
+        return [] if has_hole(position, reads, turn.source.floor) else reads
 
     async def _found(self, turn: Turn, most: int) -> tuple[list[Read], bool, bool]:
         """Read entries above the position; tell whether to park them, and whether there may be more."""
@@ -188,14 +192,18 @@ class Entries:
 
     async def _seen(self, turn: Turn, reads: list[Read]) -> list[Read]:
         """Cut off what is decoded but cannot be seen yet: a handler would compute from the old state."""
+        hidden = await self.hidden(turn, reads)
+        return next((reads[:n] for n, read in enumerate(reads) if read.entry.xid in hidden), reads)
+
+    async def hidden(self, turn: Turn, reads: Sequence[Read]) -> set[int]:
+        """Find transactions of entries that cannot be seen yet."""
         snapshot = turn.source.snapshot
         xids = {read.entry.xid for read in reads}
         doubtful = {xid for xid in xids if xid is not None and (snapshot is None or not snapshot.shows(xid))}
         if not doubtful:
-            return reads
+            return doubtful
         # The entries were read after the snapshot was taken.
-        doubtful -= await self._visible.visible(turn.session, str(turn.source.generation), doubtful)
-        return next((reads[:n] for n, read in enumerate(reads) if read.entry.xid in doubtful), reads)
+        return doubtful - await self._visible.visible(turn.session, str(turn.source.generation), doubtful)
 
     async def _joint(self, turn: Turn, reads: list[Read], most: int, *, parks: bool) -> Joint | None:
         """See whether several lanes can go on, or be parked, in this transaction."""

@@ -78,6 +78,10 @@ class Progress:
     """Calls for held changes."""
     failures: Counter[str] = field(default_factory=Counter)
     """Of the handler, by the class of the error."""
+    called: int = 0
+    """Changes, or keys, in calls for fresh ones that went well at once."""
+    called_seconds: float = 0.0
+    """That these calls took."""
     fates: Fates | None = None
     """What became of each change, where somebody follows them."""
     arrived: dict[Position, float] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import asyncpg
 import structlog
@@ -24,6 +24,7 @@ from worker.database import explain
 from worker.draining.balance import LEAST, Measured, to_hand_over
 from worker.draining.drain import Drain
 from worker.draining.passes import Pass, Progress
+from worker.draining.sharing import Sharing
 from worker.draining.trims import Trims
 from worker.lanes import CLAIM_SECONDS, Claim, Lane, Lanes, News, Read, heard
 from worker.pulse import Pulse
@@ -81,11 +82,12 @@ class Draining:
         self._bells: dict[Lane, asyncio.Event] = {}
         self._news: dict[Lane, News] = {}
         """Told by bells since the last pass over the lane began."""
+        self._sharing = {name: Sharing(self._alone, self._together) for name in drains}
         self._turns: set[asyncio.Task[None]] = set()
         self._generation: str | None = None
         """As the last sweep found it."""
         self._trouble = ""
-        self._alone = asyncio.Lock()
+        self._suspected = asyncio.Lock()
         """Of lanes over which workers have died, one is worked on at a time."""
         self._idle = asyncio.Event()
         self._idle.set()
@@ -173,7 +175,7 @@ class Draining:
         try:
             claim = await self._lanes.claim(lane, self.name)
             if claim is Claim.FROM_THE_DEAD:
-                drain.suspect(lane, self.name, self._alone)
+                drain.suspect(lane, self.name, self._suspected)
             if claim is not Claim.REFUSED:
                 handed_over = False
                 handed_over = await self._turn(drain, lane, bell)
@@ -194,11 +196,10 @@ class Draining:
         until = time.monotonic() + TURN_SECONDS
         in_vain = 0
         while not self.stopping.is_set():
-            async with self._slots:
-                bell.clear()  # only now: what has rung until then is found by this pass
-                began = time.monotonic()
-                progress = await drain.run(lane, self._news.pop(lane, None))
-            self._measure(lane, progress, time.monotonic() - began)
+            if drain.shares and lane in self._news:
+                progress = await self._sharing[lane.handler].run(lane)
+            else:
+                progress = await self._alone(lane)
             await self._follow(lane, progress)
             if progress.ended in (Pass.UNKNOWN, Pass.NEWER):
                 return False
@@ -212,6 +213,43 @@ class Draining:
             if progress.ended is Pass.EMPTY and await self._leave(lane, bell):
                 return True
         return False
+
+    async def _alone(self, lane: Lane) -> Progress:
+        """Make a pass over one lane."""
+        async with self._slots:
+            news = self._begin_pass(lane)
+            began = time.monotonic()
+            progress = await self._drains[lane.handler].run(lane, news)
+        seconds = time.monotonic() - began
+        self._measured.spent(lane, seconds)
+        self._measure(lane.handler, progress, seconds)
+        return progress
+
+    async def _together(self, lanes: Sequence[Lane]) -> Mapping[Lane, Progress]:
+        """Make a pass over several lanes of a handler; those that it left out are not in the answer."""
+        handler = lanes[0].handler
+        async with self._slots:
+            begun = {lane: self._begin_pass(lane) for lane in lanes}
+            news = {lane: told for lane, told in begun.items() if told is not None}
+            began = time.monotonic()
+            shared = await self._drains[handler].run_several(news)
+        seconds = time.monotonic() - began
+        for lane, told in news.items():
+            if lane not in shared.lanes:
+                later = self._news.pop(lane, None)
+                self._note(lane, told.base, told.reads)
+                if later is not None:
+                    self._note(lane, later.base, later.reads)
+        for lane in shared.lanes:
+            self._measured.spent(lane, seconds / len(shared.lanes))
+        self._measure(handler, shared.progress, seconds)
+        return shared.lanes
+
+    def _begin_pass(self, lane: Lane) -> News | None:
+        """Hear the bell of a lane: what has rung until now is found by the pass that begins."""
+        if lane in self._bells:
+            self._bells[lane].clear()
+        return self._news.pop(lane, None)
 
     async def _deal_anew(self, lane: Lane) -> bool:
         """Give up a lane that has more to do, so that a worker with less to do may have it."""
@@ -239,15 +277,14 @@ class Draining:
         self._bells[lane] = bell
         return False
 
-    def _measure(self, lane: Lane, progress: Progress, seconds: float) -> None:
+    def _measure(self, handler: str, progress: Progress, seconds: float) -> None:
         """Count what a pass did; one that found nothing to do would hide those that did."""
-        self._measured.spent(lane, seconds)
         if progress.last is not None or progress.applied or progress.parked:
             changes = max(progress.read, progress.applied)
             lag = max(0.0, time.time() - progress.latest_at) if progress.latest_at else None
-            self.meters.passed(lane.handler, changes, seconds, lag)
+            self.meters.passed(handler, changes, seconds, lag)
         if progress.applied or progress.retries or progress.failures:
-            self.meters.outcome(lane.handler, progress.applied, progress.retries, progress.failures)
+            self.meters.outcome(handler, progress.applied, progress.retries, progress.failures)
 
     async def _follow(self, lane: Lane, progress: Progress) -> None:
         if progress.ended is Pass.AWAY:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn
 
@@ -29,7 +29,7 @@ from worker.draining.trims import SECONDS as TRIM_SECONDS
 from worker.draining.trims import Trims
 from worker.draining.turns import Draining
 from worker.lane_writer import LaneWriter
-from worker.lanes import Lane, Lanes
+from worker.lanes import Lane, Lanes, News
 from worker.positions import Limits
 from worker.queue import connection_pool
 from worker.reading import layout
@@ -226,6 +226,16 @@ class Bench:
         """Tell in which lane a row is."""
         matched = self.router.route(raw_change("items", new, None)).matched
         return Lane(handler, next(one.lanes[0] for one in matched if one.handler.name == handler))
+
+    async def told(self, handler: str, numbers: Iterable[int]) -> dict[Lane, News]:
+        """Tell what bells would tell of these lanes, had nothing of it been heard yet."""
+        news, generation = {}, self.writer.generation
+        for lane in (Lane(handler, number) for number in numbers):
+            query = "select lsn, ordinal from tailrace.lanes where handler = $1 and lane = $2"
+            stands = Position(*await self.db.fetchrow(query, handler, lane.number))
+            found = await self.lanes.read(generation, lane, stands, 100)
+            news[lane] = News(self.lanes.base(generation), found.reads)
+        return news
 
     def groups(self, handler: str) -> list[int]:
         """Name one value of `grp` for each lane of a handler that has it as key, in lane order."""

@@ -3,6 +3,7 @@
 import os
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 from sqlalchemy import text
@@ -78,10 +79,11 @@ def handlers(failures: Counter[str]) -> Handlers:
 
 async def some_passes(at: Bench, rng: random.Random, drains: list[Drain]) -> None:
     chosen = [(rng.choice(drains), rng.randrange(at.lane_count)) for _ in range(rng.randrange(1, 4))]
-    passes = [
-        lambda drain=drain, number=number: drain.run(Lane(drain.handler.name, number))
-        for drain, number in chosen
-    ]
+    passes = [partial(drain.run, Lane(drain.handler.name, number)) for drain, number in chosen]
+    if rng.random() < 0.4:
+        drain = rng.choice(drains)
+        numbers = rng.sample(range(at.lane_count), rng.randrange(1, at.lane_count + 1))
+        passes.append(partial(drain.run_several, await at.told(drain.handler.name, numbers)))
     if rng.random() < 0.25:
         with at.killed_at(rng.randrange(1, 15)):
             await at_once(*passes)
