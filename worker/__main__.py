@@ -6,6 +6,7 @@ Bad input is a line on standard error and exit code 2, never a traceback. The co
 
 import sys
 
+from worker.cli import completing
 from worker.cli.app import app
 from worker.errors import ConfigurationError
 from worker.search_path import search_here_first
@@ -18,7 +19,8 @@ def main() -> None:
     try:
         search_here_first()
         # What a shell completes is the console script, by whichever name this is called now.
-        app(prog_name="tailrace" if _COMPLETION.intersection(sys.argv) else None)
+        with completing.words_of_bash(), completing.script_of_zsh(sys.argv):
+            app(prog_name="tailrace" if _COMPLETION.intersection(sys.argv) else None)
     except ConfigurationError as error:
         for problem in error.problems:
             sys.stderr.write(f"tailrace: {' '.join(problem.split())}\n")

@@ -95,6 +95,22 @@ def test_a_shell_completes_handlers_and_their_tables(tmp_path: Path) -> None:
     assert offered(tmp_path, "tailrace backfill sho", HANDLERS="shop") == ["shop.bills"]
 
 
+@pytest.mark.parametrize(
+    ("words", "rest"),
+    [
+        ("tailrace lanes pause shop :", ["totals"]),
+        ("tailrace lanes pause shop : to", ["totals"]),
+        ("tailrace dead-letters list --handler = shop : to", ["totals"]),
+        ("tailrace dead-letters list --handler = sh", ["shop:totals"]),
+    ],
+)
+def test_bash_is_offered_what_comes_after_its_colon(tmp_path: Path, words: str, rest: list[str]) -> None:
+    (tmp_path / "shop.py").write_text(HANDLERS.replace('name="totals"', 'name="shop:totals"'))
+    cut = {"COMP_WORDS": words.replace(" ", "\n"), "COMP_CWORD": str(words.count(" "))}
+    done = tailrace(tmp_path, _TAILRACE_COMPLETE="complete_bash", HANDLERS="shop", **cut)
+    assert (done.stdout.split(), done.stderr) == (rest, "")
+
+
 def test_handlers_that_cannot_be_loaded_offer_nothing(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise SystemExit(3)\n")
     assert offered(tmp_path, "tailrace lanes pause t", HANDLERS="broken") == []

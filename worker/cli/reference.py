@@ -45,8 +45,10 @@ Long work shows how far it is on standard error, where that is a terminal, and s
 
 ## Shell completion
 
-`tailrace` completes commands, options, and names of handlers and tables, in bash, zsh, fish and PowerShell.
-Install it, and open a new shell; or print the script, and put it where your system keeps them:
+`tailrace` completes commands, options, and names of handlers and tables, in bash from 4.4 on, zsh and fish:
+a test installs it in each of them and presses the key. PowerShell is offered the same, which nobody has
+tried. Install it from the shell that is to have it, and open a new one; or print the script of the shell
+that you are in, and put it where your system keeps them:
 
 ```sh
 tailrace --install-completion
