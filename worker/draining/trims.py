@@ -11,8 +11,8 @@ from redis.exceptions import RedisError
 
 from worker.lanes import Lane, Lanes, Read
 
-SECONDS = 0.005
-"""How long entries may stay after they were applied."""
+SECONDS = 0.05
+"""How long entries may stay after they were applied: shorter would be a round trip for every few passes."""
 
 
 class Trims:
