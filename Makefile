@@ -58,11 +58,13 @@ format: $(STAMP) ## write the code as `make check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: $(STAMP) ## write both lock files anew from pyproject.toml
+lock: $(STAMP) ## write the lock files anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate --extra models --extra otel --extra standin --extra dev --extra docs pyproject.toml --output-file requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate --constraint requirements.lock pyproject.toml deploy/build.in --output-file deploy/requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --constraint requirements.lock --extra otel pyproject.toml deploy/build.in --output-file deploy/requirements-otel.lock
 
 clean: ## remove what set-up and tests made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

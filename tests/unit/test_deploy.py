@@ -18,7 +18,13 @@ DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 PACKAGES = {"config", "worker", "handlers", "migrations"}
 # What the build of the packages reads.
-BESIDES = {"deploy/requirements.lock", "pyproject.toml", "README.md", "pytest_tailrace.py"}
+BESIDES = {
+    "deploy/requirements.lock",
+    "deploy/requirements-otel.lock",
+    "pyproject.toml",
+    "README.md",
+    "pytest_tailrace.py",
+}
 
 
 def procfile() -> dict[str, str]:
@@ -144,8 +150,21 @@ def test_the_image_runs_without_privileges_and_gets_signals_itself() -> None:
     checks = [rest for instruction, rest in read if instruction == "HEALTHCHECK"]
     assert len(checks) == 2
     assert all("/livez" in rest for rest in checks)
-    install = next(rest for instruction, rest in read if instruction == "RUN" and "requirements.lock" in rest)
-    assert "--require-hashes" in install
+    install = next(rest for instruction, rest in read if instruction == "RUN" and "--require-hashes" in rest)
+    assert "requirements" in install
+
+
+@pytest.mark.parametrize(("extra", "lock"), [("", "requirements.lock"), ("otel", "requirements-otel.lock")])
+def test_the_image_has_the_extra_that_is_asked_for(extra: str, lock: str) -> None:
+    assert ("ARG", "EXTRA=") in instructions()
+    install = next(rest for instruction, rest in instructions() if "--require-hashes" in rest)
+    # The shell of the image's base is of this kind, too.
+    asked = install.rpartition(" -r ")[2]
+    done = subprocess.run(
+        ["sh", "-c", f"echo {asked}"], env={"EXTRA": extra}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == lock
+    assert (DEPLOY / lock).exists()
 
 
 def test_the_image_sets_only_settings_that_exist() -> None:
@@ -160,10 +179,13 @@ def test_the_image_sets_only_settings_that_exist() -> None:
 
 def test_the_image_is_built_from_the_versions_that_are_tested() -> None:
     of_image, of_tests = locked(DEPLOY / "requirements.lock"), locked(ROOT / "requirements.lock")
-    assert of_image.items() <= of_tests.items()
+    with_traces = locked(DEPLOY / "requirements-otel.lock")
+    assert of_image.items() <= with_traces.items() <= of_tests.items()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = {re.split(r"[\[<>=~; ]", line)[0].lower() for line in project["dependencies"]}
     assert wanted <= of_image.keys()
+    of_otel = {line.split(">=")[0] for line in project["optional-dependencies"]["otel"]}
+    assert of_otel <= with_traces.keys() - of_image.keys()
     for line in project["optional-dependencies"]["standin"]:
         name = re.split(r"[\[<>=~; ]", line)[0].lower()
         assert name not in of_image or name in wanted | {"websockets"}, f"{name} is the stand-in's"
