@@ -24,7 +24,7 @@ from worker.cli.app import app
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
 PREFIXES = ("WORKER_", "SUPABASE_", "DATABASE_", "REDIS_", "REALTIME_", "HEALTH_")
-OF_TESTS = {"TAILRACE_TRANSCRIPTS"}
+OF_TESTS = {"TAILRACE_SCHEMAS", "TAILRACE_TRANSCRIPTS"}
 FOLDERS = (
     "config",
     "deploy",

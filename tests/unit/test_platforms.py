@@ -1,5 +1,8 @@
 """What is shipped for containers and clusters: compose file, manifests, scaling on lag."""
 
+import copy
+import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +57,55 @@ def test_the_schema_refuses_what_is_wrong() -> None:
     wrong = {**MANIFESTS[-1], "spec": {"maxUnavailabel": 1}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
+
+
+def others_schema(name: str) -> Path:
+    """A schema of somebody else, which is theirs to publish: no package has it, and it is not copied here."""
+    path = Path(os.environ.get("TAILRACE_SCHEMAS", os.devnull)) / name
+    if not path.is_file():
+        pytest.skip(f"no {name} in the folder that TAILRACE_SCHEMAS names; CONTRIBUTING says whence")
+    return path
+
+
+def strict(schema: Any) -> Any:
+    """A cluster forgets fields that the schema does not name: refuse them."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: strict(part) for name, part in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def test_the_compose_file_fits_the_schema_of_compose() -> None:
+    jsonschema = pytest.importorskip(
+        "jsonschema", reason="comes with kubernetes-validate, of the extra `dev`"
+    )
+    validator = jsonschema.Draft7Validator(json.loads(others_schema("compose-spec.json").read_text()))
+    validator.validate(COMPOSE)
+    wrong = copy.deepcopy(COMPOSE)
+    wrong["services"]["worker"]["stop_grace_periode"] = "35s"
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(wrong)
+
+
+def test_the_scaling_fits_the_schema_of_keda() -> None:
+    jsonschema = pytest.importorskip(
+        "jsonschema", reason="comes with kubernetes-validate, of the extra `dev`"
+    )
+    definition = yaml.safe_load(others_schema("keda.sh_scaledobjects.yaml").read_text())
+    kind, version = definition["spec"]["names"]["kind"], SCALED["apiVersion"].rpartition("/")[2]
+    assert kind == SCALED["kind"]
+    (found,) = [one for one in definition["spec"]["versions"] if one["name"] == version]
+    schema = strict(found["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own, which the other test knows
+    jsonschema.validate(SCALED, schema)
+    wrong = copy.deepcopy(SCALED)
+    wrong["spec"]["fallback"]["replica"] = 2
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema)
 
 
 @pytest.mark.parametrize(("name", "pod"), list(pods()), ids=[name for name, _ in pods()])
