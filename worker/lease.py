@@ -9,14 +9,18 @@ from datetime import datetime
 from typing import NamedTuple
 
 from sqlalchemy import TextClause, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.change import Position
+from worker.database import is_locked
+from worker.frozen import end_frozen
 from worker.lanes import FORMAT, LeaseLostError, check_format
 
 LEASE_SECONDS = 8
 RENEW_SECONDS = 2
 IDLE_MS = 5_000
+WAIT_MS = 2_000
 _UNFROZEN = f"set_config('idle_in_transaction_session_timeout', '{IDLE_MS}', true)"
 
 
@@ -50,6 +54,8 @@ _GENERATION = limited(
     "update tailrace.source set generation = :generation, floor_lsn = :lsn, floor_ordinal = :ordinal"
     " where lease_token = :token returning"
 )
+# Whoever has the row and does not let go of it may be found frozen at the next try.
+_WAIT_BRIEFLY = text(f"set local lock_timeout = {WAIT_MS}")
 _FORMAT = text("select format from tailrace.source")
 _LIVE = text(f"select live_at, {_UNFROZEN} from tailrace.source")  # noqa: S608 - a constant of ours
 
@@ -72,12 +78,18 @@ async def take(engine: AsyncEngine, token: str, holder: str) -> bool:
     Raises:
         NewerFormat: whoever has it must be of a newer version than this one.
     """
-    async with engine.begin() as connection:
-        parameters = {"token": token, "holder": holder, "seconds": LEASE_SECONDS, "format": FORMAT}
-        if (await connection.execute(_TAKE, parameters)).one_or_none() is not None:
-            return True
-        check_format((await connection.execute(_FORMAT)).scalar_one())
-        return False
+    try:
+        async with engine.begin() as connection:
+            parameters = {"token": token, "holder": holder, "seconds": LEASE_SECONDS, "format": FORMAT}
+            await end_frozen(connection, IDLE_MS / 1000)
+            await connection.execute(_WAIT_BRIEFLY)
+            if (await connection.execute(_TAKE, parameters)).one_or_none() is not None:
+                return True
+            check_format((await connection.execute(_FORMAT)).scalar_one())
+    except DBAPIError as error:
+        if not is_locked(error):
+            raise
+    return False
 
 
 async def renew(engine: AsyncEngine, token: str, sure: object) -> None:

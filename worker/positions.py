@@ -129,6 +129,8 @@ _VISIBLE = text(
 )
 _ASK_REREAD = text(
     "update tailrace.source set reread = :cause where generation = :generation and reread is null"
+    # A worker that is frozen before it commits must not keep the listener from its row.
+    " returning set_config('idle_in_transaction_session_timeout', '5000', true)"
 )
 _MOVE = (
     "update tailrace.lanes set lsn = $3, ordinal = $4,"

@@ -7,6 +7,7 @@ Which worker does it, and when, is not decided here (see turns.py).
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import following, overtaking, positions
-from worker.database import explain, is_away, is_conflict, is_locked
+from worker.database import DATABASE_ERRORS, explain, is_away, is_conflict, is_locked
 from worker.draining.applying import Applying
 from worker.draining.calls import Caller, CallFailedError, LaneBlockedError, TransactionSpoiltError
 from worker.draining.entries import Entries, HoleError
@@ -31,6 +32,7 @@ from worker.draining.trims import Trims
 from worker.draining.worth import Worth
 from worker.driver import transaction
 from worker.errors import NewerFormat, RedisLost
+from worker.frozen import end_frozen
 from worker.lanes import Lane, News, check_format
 from worker.positions import Limits, Moved, Seen
 from worker.pulse import STUCK_SECONDS, Pulse
@@ -73,6 +75,8 @@ class Drain:
         self._pulse = pulse or Pulse()
         self._stuck_seconds = STUCK_SECONDS + caller.timeout
         self._suspicions: dict[Lane, Suspicion] = {}
+        self._locked: dict[Lane, float] = {}
+        """Lanes that somebody else has had whenever they were tried, and since when."""
         self._entries = Entries(self._applying, trims.lanes, seen or Seen(), self._suspicions, batch)
         self._several = Several(engine, self._applying, self._entries, limits)
         self._worth = Worth()
@@ -110,6 +114,8 @@ class Drain:
                 passing = time.perf_counter()
                 progress = await self._until_applied(lane, news)
                 self._worth.learn(progress, time.perf_counter() - passing)
+            if progress.ended is Pass.BUSY:
+                await self._look_for_frozen(lane)
             full, taken = progress.ended is Pass.MORE and progress.applied > 0, progress.read or taken
             return progress
         finally:
@@ -205,6 +211,7 @@ class Drain:
         progress = Progress(fates=[] if told else None, began=time.time_ns())
         async with transaction(self._engine) as session:
             taken = await positions.take(session, lane, self._limits)
+            self._locked.pop(lane, None)
             if taken is None:
                 return Progress(ended=Pass.UNKNOWN), None
             row, source = taken
@@ -257,6 +264,16 @@ class Drain:
                 await positions.ask_reread(connection, source.generation, cause)
         log.warning("asking the listener to read again", handler=lane.handler, lane=lane.number, cause=cause)
         return Progress(ended=Pass.HOLE)
+
+    async def _look_for_frozen(self, lane: Lane) -> None:
+        """End whoever has a lane for longer than Postgres lets an idle transaction live."""
+        now, seconds = time.monotonic(), self._limits.idle_ms / 1000
+        if now - self._locked.setdefault(lane, now) < seconds:
+            return
+        self._locked[lane] = now  # it may as well be a long pass: not asked again for as long
+        with contextlib.suppress(*DATABASE_ERRORS):  # the next pass tells what is wrong
+            async with self._engine.connect() as connection:
+                await end_frozen(connection, seconds)
 
     async def _after_commit(self, lane: Lane, generation: str | None, progress: Progress) -> Progress:
         """Let Redis forget what Postgres knows; if it does not hear of it, the next pass says it again."""

@@ -140,6 +140,7 @@ class Bench:
         max_attempts: int = 1_000,
         cache: Cache | None = None,
         trims: Trims | None = None,
+        idle_ms: int = 60_000,
     ) -> Drain:
         """Make a drain, as one worker process has it."""
         handler = next(one for one in self.handlers if one.name == name)
@@ -154,6 +155,7 @@ class Bench:
             cache=cache,
             traces=self.traces,
             trims=trims,
+            idle_ms=idle_ms,
         )
 
     def worker(self, name: str) -> Draining:
@@ -189,6 +191,17 @@ class Bench:
             "update tailrace.held set next_attempt_at = now()"
             " where next_attempt_at > now() and status = 'retrying'"
         )
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[asyncpg.Connection]:
+        """Make a connection of its own, which may be ended by others; its transactions may not be idle."""
+        url = self.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        limits = {"idle_in_transaction_session_timeout": "100"}
+        connection = await asyncpg.connect(url, server_settings=limits)
+        try:
+            yield connection
+        finally:
+            connection.terminate()
 
     # What came of it
 
@@ -310,6 +323,7 @@ def make_drain(
     cache: Cache | None = None,
     traces: Any = None,
     trims: Trims | None = None,
+    idle_ms: int = 60_000,
 ) -> Drain:
     """Make a drain of a handler, as one worker process has it."""
     made = cache or Cache(lanes.redis, handler.name, ())
@@ -326,7 +340,7 @@ def make_drain(
         trims=trims or Trims(lanes),
         caller=caller,
         decoder=Decoder(handler, watch),
-        limits=Limits(60_000, 0),
+        limits=Limits(idle_ms, 0),
         batch=batch,
     )
 

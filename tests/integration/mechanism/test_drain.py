@@ -149,6 +149,21 @@ async def test_a_pass_that_dies_at_any_statement_leaves_nothing_half(at: Bench, 
     assert await at.counters() == (done, 0, 0)
 
 
+async def test_a_worker_frozen_within_a_statement_does_not_keep_its_lane(at: Bench, on: Handlers) -> None:
+    await at.load(on)
+    await at.put("items", item(1, 1))
+    lane, drain = at.lane_of("one", item(1, 1)), at.drain("one", idle_ms=100)
+    async with at.session() as frozen:
+        await frozen.execute("begin; update tailrace.lanes set applied = 77")
+        await frozen.prepare("select 1")  # and never runs it: no limit to idleness holds for that
+        assert (await drain.run(lane)).ended is Pass.BUSY
+        async with asyncio.timeout(60):
+            while not (await drain.run(lane)).applied:
+                pass
+    assert await at.log() == [1]
+    assert (await at.counters())[0] == 1
+
+
 async def test_a_lane_that_another_pass_has_is_busy(at: Bench, on: Handlers, faults: Faults) -> None:
     await at.load(on)
     lane = await fill(at, 1, range(1), {0: "slow"})

@@ -40,6 +40,21 @@ async def test_a_listener_frozen_in_a_transaction_does_not_keep_the_lease_from_t
     assert await at.count("tailrace.source where generation = 'of the frozen'") == 0
 
 
+async def test_a_listener_frozen_within_a_statement_does_not_keep_the_lease_from_the_next(
+    at: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "IDLE_MS", 100)
+    monkeypatch.setattr(lease, "_WAIT_BRIEFLY", text("set local lock_timeout = 50"))
+    await at.db.execute("update tailrace.source set lease_until = '-infinity'")
+    async with at.session() as frozen:
+        await frozen.execute("begin; update tailrace.source set floor_lsn = 77")
+        await frozen.prepare("select 1")  # and never runs it
+        async with asyncio.timeout(60):
+            while not await lease.take(at.engine, lease.new_name(), "next"):
+                pass
+    assert await at.count("tailrace.source where floor_lsn = 77") == 0
+
+
 async def test_each_transaction_that_locks_the_row_says_when_it_is_to_end(at: Bench) -> None:
     limits: list[str] = []
 
