@@ -20,6 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.catalogue import Catalogue, Table, quote
+from worker.database import singly
 from worker.kept_keys import PAGE, KeyColumn, kept_keys, lane_keys, print_as_the_log
 from worker.registry import Handler
 from worker.values import Form
@@ -107,18 +108,25 @@ class Backfills:
         self._asked = asyncio.Event()
         self._choosing = asyncio.Lock()
         self._under_way: set[int] = set()
+        self._quiet_until = 0.0
 
     def ask(self) -> None:
         """Look at once for a backfill that has been asked for."""
+        self._quiet_until = 0.0
         self._asked.set()
 
     async def once(self) -> bool:
         """Carry out the next backfill, if there is one."""
         async with self._choosing:
-            async with self._engine.begin() as connection:
+            if time.monotonic() < self._quiet_until:
+                return False  # another task has just looked for all of them
+            # Before the look: what is asked for while it lasts is looked for again.
+            self._quiet_until = time.monotonic() + QUIET_SECONDS / 2
+            async with singly(self._engine) as connection:
                 row = (await connection.execute(_NEXT, {"besides": self._besides()})).one_or_none()
             if row is None:
                 return False
+            self._quiet_until = 0.0
             asked = _Asked(*row)
             self._under_way.add(asked.id)
         try:

@@ -9,7 +9,8 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import asyncpg
@@ -18,7 +19,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 
@@ -62,6 +63,17 @@ def make_engine(url: str, *, name: str, size: int = 10) -> AsyncEngine:
     _suit_the_pooler(engine)
     _ping_the_rested(engine)
     return engine
+
+
+@asynccontextmanager
+async def singly(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Lend a connection on which each statement is a transaction of its own.
+
+    That saves the round trips of BEGIN and COMMIT, two of three where there is but one. What must be seen or
+    written together needs a transaction.
+    """
+    async with engine.connect() as connection:
+        yield await connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc] # asyncpg has no types

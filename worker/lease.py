@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.change import Position
-from worker.database import is_locked
+from worker.database import is_locked, singly
 from worker.frozen import end_frozen
 from worker.lanes import FORMAT, LeaseLostError, check_format
 
@@ -39,11 +39,12 @@ _TAKE = limited(
     " where (lease_until < clock_timestamp() or lease_token is null) and format <= :format"
     " returning"
 )
-_RENEW = limited(
+# Not limited: it is committed by Postgres as soon as it is done, whatever becomes of who has sent it.
+_RENEW = text(
     "update tailrace.source set lease_until = clock_timestamp() + make_interval(secs => :seconds),"
     " live_at = coalesce(cast(:sure as timestamptz), live_at)"
     " where lease_token = :token and format <= :format"
-    " returning"
+    " returning id"
 )
 _GIVE_UP = limited(
     "update tailrace.source set lease_token = null, lease_until = '-infinity',"
@@ -98,7 +99,7 @@ async def renew(engine: AsyncEngine, token: str, sure: object) -> None:
     Raises:
         LeaseLostError: somebody else has taken it.
     """
-    async with engine.begin() as connection:
+    async with singly(engine) as connection:
         parameters = {"token": token, "seconds": LEASE_SECONDS, "sure": sure, "format": FORMAT}
         if (await connection.execute(_RENEW, parameters)).one_or_none() is None:
             raise LeaseLostError("another listener has taken over")

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from worker.change import Position
-from worker.database import is_locked
+from worker.database import is_locked, singly
 from worker.driver import run
 from worker.lanes import Lane
 
@@ -321,7 +321,7 @@ async def arrive(session: AsyncSession, lane: Lane, at: Position) -> None:
 
 async def of_all(engine: AsyncEngine) -> dict[Lane, Position]:
     """Read the positions of all lanes."""
-    async with engine.connect() as connection:
+    async with singly(engine) as connection:
         return {Lane(row[0], row[1]): Position(row[2], row[3]) for row in await connection.execute(_ALL)}
 
 

@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.catalogue import Catalogue, read_catalogue, read_signature
-from worker.database import forget_statements, is_away
+from worker.database import forget_statements, is_away, singly
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +53,7 @@ class SchemaWatch:
             sqlalchemy.exc.DBAPIError: the database is away.
         """
         if connection is None:
-            async with self._engine.connect() as own:
+            async with singly(self._engine) as own:
                 return await self.look(own)
         signature = await read_signature(connection, self._tables)
         if signature == self._signature:

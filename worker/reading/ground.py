@@ -15,7 +15,7 @@ from config.settings import Settings
 from worker import gaps, lease
 from worker.backfill import Backfills
 from worker.catalogue import Catalogue
-from worker.database import explain, is_away
+from worker.database import explain, is_away, singly
 from worker.lanes import Lane, Lanes, LeaseLostError
 from worker.pulse import Pulse, beat
 from worker.reading.crosscheck import CrossCheck
@@ -153,7 +153,7 @@ class Ground:
     async def write_canary(self, token: str = "") -> str:
         """Change the canary's row; returns what must come back."""
         token = token or lease.new_name()
-        async with self.engine.begin() as connection:
+        async with singly(self.engine) as connection:
             await connection.execute(
                 text("update tailrace.canary set token = :token, written_at = clock_timestamp()"),
                 {"token": token},

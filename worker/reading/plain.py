@@ -16,6 +16,7 @@ from sqlalchemy import text
 from worker import gaps, lease, positions
 from worker.backfill import Backfills
 from worker.change import Position, RawChange
+from worker.database import singly
 from worker.hooks import HookSource, Inbox
 from worker.lane_writer import LaneWriter
 from worker.reading import layout, record
@@ -115,7 +116,7 @@ class PlainReading:
         canaries leaves no other trace.
         """
         token = await self._ground.write_canary()
-        async with self._ground.engine.connect() as connection:
+        async with singly(self._ground.engine) as connection:
             row = (await connection.execute(_SERVER, {"slots": REALTIME_SLOTS})).one()
         started, slots = str(row[0]), str(row[1])
         before, self._server = self._server, (started, slots)

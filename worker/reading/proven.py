@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from worker import gaps, lease, positions
 from worker.backfill import Backfills
 from worker.change import Position
+from worker.database import singly
 from worker.lane_writer import LaneWriter
 from worker.reading import foothold, layout, reached, record
 from worker.reading.doorbell import Doorbell
@@ -261,7 +262,7 @@ class ProvenReading:
         await ground.schema.look()
         await self._intake.pay()
         await self._intake.look_after()
-        async with ground.engine.connect() as connection:
+        async with singly(ground.engine) as connection:
             server = await read_server(connection)
             self._flushed = server.flushed
             self._slot = await read_slot(connection, settings.slot)

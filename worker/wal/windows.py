@@ -3,7 +3,8 @@
 A window is all that was flushed when it began, up to a size: its end is asked for in a statement of its own,
 before anything is read, because a commit that was not flushed then is not in what is read, whatever its LSN.
 Within it a cursor on the server gives portions, and is kept open while the caller is busy: the functions know
-no bound of their own that holds (they give whole transactions, however large).
+no bound of their own that holds (they give whole transactions, however large). Where so little log is to be
+decoded that one portion will do, which is nearly always, one statement takes the place of the cursor.
 
 The functions decode from where the slot stands, each time. What was handed over already is passed over; the
 less often the slot moves, the more is decoded twice. A pause as long as the last look took bounds that.
@@ -21,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.catalogue import quote
 from worker.change import Position
+from worker.database import singly
 from worker.wal.failures import ReadingLostError, WalError, failure
 from worker.wal.slot import advance_slot, as_text
 from worker.wal.transactions import CANARY, Assembler, WalBatch
@@ -34,6 +36,8 @@ _BATCH_BYTES: Final = 4 << 20
 _DECODED_AGAIN_BYTES: Final = 4 << 20
 """From so much log on that each look decodes before it comes to what is new, a snapshot is asked for."""
 _SNAPSHOT_SECONDS: Final = 1.0
+_BRIEF_BYTES: Final = 256 << 10
+"""Log to decode at one look, up to which one statement is tried."""
 _PORTION_BYTES: Final = 2 << 20
 _PORTION_ROWS: Final = 512
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
@@ -47,10 +51,8 @@ _FLUSHED: Final = text(
 # Decoding starts at a recorded snapshot. The server records one every 15 s, or when asked (from PostgreSQL 16
 # on, by those who may).
 _SNAPSHOT: Final = text("select pg_catalog.pg_log_standby_snapshot()")
-_SETTINGS: Final = text(
-    "select "
-    + ", ".join(f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in TEXT_FORM.items())
-)
+_SET: Final = [f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in TEXT_FORM.items()]
+_SETTINGS: Final = text(f"select {', '.join(_SET)}")
 # `fits` counts the rows after this one that make up a portion, so that one fetch asks for no more than memory
 # should hold: rows of a megabyte may follow rows of ten bytes. The cursor is one of SQL, not of the driver,
 # which would fetch ahead; it takes no parameters.
@@ -63,6 +65,23 @@ _DECLARE: Final = """
             {slot}, '{upto}', null, 'proto_version', '1', 'publication_names', {publication})
     ) as sized
     """
+# All of a brief window, and how many messages it has: if not all are given, they are too large for it. The
+# settings come first because the function's argument is one of them, and end with the statement.
+_BRIEF: Final = text(
+    f"""
+    with settings as materialized (
+        select cast(:slot as name) as slot, {", ".join(_SET)}
+    )
+    select data, found from (
+        select data, pg_catalog.count(*) over () as found, pg_catalog.row_number() over () as number,
+               pg_catalog.sum(pg_catalog.length(data) + 1) over (rows unbounded preceding) as size
+        from settings, lateral pg_catalog.pg_logical_slot_peek_binary_changes(
+            settings.slot, cast(:upto as pg_catalog.pg_lsn), null,
+            'proto_version', '1', 'publication_names', cast(:publication as text))
+    ) as sized
+    where size <= {_PORTION_BYTES} or number = 1
+    """  # noqa: S608 - constants of ours
+)
 
 
 class WindowReader:
@@ -77,8 +96,6 @@ class WindowReader:
 
     def __init__(self, engine: AsyncEngine, *, slot: str, publication: str, names: TypeNames) -> None:
         self._engine = engine
-        # Without the round trips of a transaction around one statement.
-        self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._slot = slot
         self._publication = publication
         self._names = names
@@ -114,7 +131,7 @@ class WindowReader:
             found = busy = False
             if flushed > max(seen, self._read_to):
                 upto = min(flushed, self._read_to + self._window)
-                async for batch in self._look(upto):
+                async for batch in self._look(upto, brief=upto - confirmed <= _BRIEF_BYTES):
                     found = found or bool(batch.changes)
                     busy = busy or any((one.schema, one.table) != CANARY for _, one in batch.changes)
                     yield batch
@@ -136,7 +153,7 @@ class WindowReader:
         target = min(lsn, self._handed)
         if target > 0:
             try:
-                async with self._single.connect() as connection, self._slot_free:
+                async with singly(self._engine) as connection, self._slot_free:
                     await advance_slot(connection, self._slot, target)
             except DBAPIError as error:
                 raise _failure(error, "the slot cannot be moved") from None
@@ -164,7 +181,7 @@ class WindowReader:
     async def _stand(self) -> tuple[int, int, int]:
         """Give the LSNs up to which the log is flushed, where the slot stands, and where decoding starts."""
         try:
-            async with self._single.connect() as connection:
+            async with singly(self._engine) as connection:
                 row = (await connection.execute(_FLUSHED, {"slot": self._slot})).one()
         except (DBAPIError, OSError, TimeoutError) as error:
             raise _failure(error, "the log cannot be read") from None
@@ -181,19 +198,18 @@ class WindowReader:
             return
         self._next_snapshot = now + _SNAPSHOT_SECONDS
         try:
-            async with self._single.connect() as connection:
+            async with singly(self._engine) as connection:
                 await connection.execute(_SNAPSHOT)
         except (DBAPIError, OSError, TimeoutError):
             self._next_snapshot = float("inf")
 
-    async def _look(self, upto: int) -> AsyncIterator[WalBatch]:
-        """Read the commits below an LSN, in portions."""
+    async def _look(self, upto: int, *, brief: bool) -> AsyncIterator[WalBatch]:
+        """Read the commits below an LSN, in portions; `brief`: there is little to decode."""
         log = Assembler(self._names.known, self._read_to, self._last)
         async with AsyncExitStack() as stack:
             try:
-                connection = await stack.enter_async_context(self._engine.connect())
-                async for rows in self._portions(connection, upto):
-                    for data in rows:
+                async for messages in self._messages(stack, upto, brief=brief):
+                    for data in messages:
                         unknown = log.feed(data)
                         if unknown:
                             await self._names.learn(unknown, log.said)
@@ -207,6 +223,25 @@ class WindowReader:
         batch = self._take(log)
         if batch is not None:
             yield batch
+
+    async def _messages(self, stack: AsyncExitStack, upto: int, *, brief: bool) -> AsyncIterator[list[bytes]]:
+        """Give the messages of a window; what is opened for it is left to the stack."""
+        whole = await self._brief(upto) if brief else None
+        if whole is not None:
+            yield whole
+            return
+        connection = await stack.enter_async_context(self._engine.connect())
+        async for messages in self._portions(connection, upto):
+            yield messages
+
+    async def _brief(self, upto: int) -> list[bytes] | None:
+        """Read a window by one statement; None where it is more than one portion."""
+        async with singly(self._engine) as connection, self._slot_free:
+            parameters = {"slot": self._slot, "upto": upto, "publication": quote(self._publication)}
+            rows = (await connection.execute(_BRIEF, parameters)).all()
+        if rows and rows[0].found > len(rows):
+            return None
+        return [row.data for row in rows]
 
     def _take(self, log: Assembler) -> WalBatch | None:
         batch = log.take()

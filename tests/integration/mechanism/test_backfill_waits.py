@@ -102,3 +102,22 @@ async def test_a_transaction_that_never_ends_holds_no_backfill_up_for_ever(
             assert await asked.once()
     assert twice.is_set()
     assert given == [b'["1"]']
+
+
+async def test_tasks_that_look_for_backfills_ask_once_for_all_of_them(at: Bench) -> None:
+    given: list[bytes] = []
+    asked = await backfills(at, given)
+    await at.db.execute("update tailrace.backfills set state = 'done'")
+    looked = 0
+
+    def look(_: Any, __: Any, statement: str, *___: Any) -> None:
+        nonlocal looked
+        looked += "tailrace.backfills" in statement
+
+    event.listen(at.engine.sync_engine, "before_cursor_execute", look)
+    assert await asyncio.gather(*(asked.once() for _ in range(3))) == [False] * 3
+    assert looked == 1
+    # Whoever is told that there is one looks at once.
+    await at.db.execute("update tailrace.backfills set state = 'waiting'")
+    asked.ask()
+    assert await asked.once()

@@ -1,10 +1,13 @@
 """What both transports hand over: every commit once, in order, with positions that stay."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import asyncpg
 import pytest
+from sqlalchemy import event
 
 from tests.integration.wal.bench import Kind, Log, database
 from tests.stack import Servers
@@ -430,6 +433,45 @@ async def test_a_canary_does_not_make_windows_look_more_often(
         await reading.count(2)
     # The pause after it is not shorter than those before it, as it would be after any other change.
     assert pauses[: before + 1] == sorted(pauses[: before + 1])
+
+
+@contextmanager
+def statements(log: Log) -> Iterator[list[str]]:
+    """Note what the engine is asked."""
+    said: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        said.append(" ".join(statement.split()))
+
+    event.listen(log.engine.sync_engine, "before_cursor_execute", note)
+    try:
+        yield said
+    finally:
+        event.remove(log.engine.sync_engine, "before_cursor_execute", note)
+
+
+async def test_a_small_window_is_one_statement(log: Log) -> None:
+    async with log.reading("windows") as reading:
+        with statements(log) as said:
+            await log.db.execute("insert into orders values (1, 7, 'a', 1.50)")
+            rows = await reading.count(1)
+    assert [brief(row) for row in rows] == [("INSERT", b"1")]
+    looks = [statement for statement in said if "peek_binary_changes" in statement]
+    assert looks
+    assert not any(statement.startswith(("declare", "fetch")) for statement in said)
+
+
+async def test_little_log_that_decodes_to_much_is_read_in_portions(log: Log) -> None:
+    async with log.reading("windows") as reading:
+        with statements(log) as said:
+            # A few kB of log each, for the values are stored compressed.
+            await log.db.execute(
+                "insert into orders select g, 1, repeat(g::text, 1500000) from generate_series(1, 4) g"
+            )
+            rows = await reading.count(4)
+    assert [(row.record or {})["note"] for row in rows] == [str(g).encode() * 1_500_000 for g in range(1, 5)]
+    assert any(statement.startswith("declare") for statement in said)
+    assert max(len(batch.changes) for batch in reading.batches) < 4
 
 
 async def test_a_window_grows_until_a_large_transaction_fits(
