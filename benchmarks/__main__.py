@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
     late = add("latency", latency.TITLE)
     late.add_argument("--source", choices=latency.KINDS, action="append", help="only this (all)")
+    late.add_argument("--work", choices=latency.WORKS, action="append", help="only this (both, of ours)")
     late.add_argument(
         "--rate", type=_positive, action="append", help="changes a second (1, 50, 200 and 1000)"
     )
@@ -180,6 +181,7 @@ async def _run(options: argparse.Namespace, report: Report, running: _Running) -
                 report,
                 kinds=options.source or latency.KINDS,
                 rates=options.rate or latency.RATES,
+                works=options.work or latency.WORKS,
                 seconds=options.seconds,
                 rounds=options.rounds,
                 poll_interval=options.poll_interval,

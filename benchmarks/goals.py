@@ -102,8 +102,8 @@ ROWS: Final = (
         "latency proven stream at 200/s",
         "p50 ≤ 4 ms, p99 ≤ 20 ms",
         (
-            Wanted("p50", "latency: stream, 200/s, slower handler, p50", 4, "ms", most=True),
-            Wanted("p99", "latency: stream, 200/s, slower handler, p99", 20, "ms", most=True),
+            Wanted("p50", "latency: stream, 200/s, p50", 4, "ms", most=True),
+            Wanted("p99", "latency: stream, 200/s, p99", 20, "ms", most=True),
         ),
     ),
     Row(
@@ -111,8 +111,8 @@ ROWS: Final = (
         "latency added over the frame, plain, at 200/s",
         "p50 ≤ 4 ms, p99 ≤ 20 ms",
         (
-            Wanted("p50", "latency: plain, 200/s, over the frame, slower handler, p50", 4, "ms", most=True),
-            Wanted("p99", "latency: plain, 200/s, over the frame, slower handler, p99", 20, "ms", most=True),
+            Wanted("p50", "latency: plain, 200/s, over the frame, p50", 4, "ms", most=True),
+            Wanted("p99", "latency: plain, 200/s, over the frame, p99", 20, "ms", most=True),
         ),
     ),
     Row(

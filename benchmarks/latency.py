@@ -1,8 +1,9 @@
 """Latency: from a commit, or in plain delivery its websocket frame, to the commit of what is derived from it.
 
-Our handlers are the worked examples, `handlers/`: one change handler, one derive handler; the figure is that
-of the slower one. Each change is an insert for a customer of its own, so that each has derived rows of its
-own and no batch covers up for another. Floor and glue make one row for each change.
+All contenders do the same work, one upsert of one row for each change. What the worked examples take,
+`handlers/`, is measured beside that: one change handler and one derive handler of the same table, three
+statements in two transactions, through the ORM; their figure is that of the slower one. Each change is an
+insert for a customer of its own, so that each has derived rows of its own and no batch covers up for another.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final, get_args
+from typing import Final, Literal, get_args
 
 import orjson
 
@@ -24,6 +25,8 @@ from examples.demo.processes import Child, DemoError
 
 TITLE = "time from commit or websocket frame to the derived row, at a steady rate"
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+Work = Literal["same", "examples"]
+WORKS: Final[tuple[Work, ...]] = get_args(Work)
 RATES: Final = (1.0, 50.0, 200.0, 1000.0)
 _FEWEST: Final = 5
 """Changes of a round at the least, however low the rate."""
@@ -52,6 +55,7 @@ where o.customer_id > $1 and o.customer_id <= $2
 """
 
 _FRAME = "commit to frame"
+_COPY = ""
 HANDLERS = ("change handler", "derive handler")
 Span = tuple[int, int]
 Steps = Mapping[str, list[float]]
@@ -107,6 +111,7 @@ async def measure(
     seconds: float,
     rounds: int,
     poll_interval: float,
+    works: Sequence[Work] = WORKS,
     until: float = math.inf,
 ) -> None:
     """Measure each kind on servers of its own, its rates in turns, and add the figures to the report.
@@ -120,26 +125,28 @@ async def measure(
         seconds: of a round.
         rounds: how often each rate is measured.
         poll_interval: of the stand-in, in seconds.
+        works: the same for all, and, for those kinds that are ours, the worked examples.
         until: when no further round is begun, by the monotonic clock.
     """
     for kind in kinds:
         if (why := missing(kind)) is not None:
             report.skip(why)
             continue
-        made = _ours(kind, poll_interval) if kind in OURS else _other(kind, poll_interval)
-        try:
-            async with made as subject:
-                spans = await _rounds(kind, subject, rates, seconds, rounds, until)
-                if subject.finish is not None:
-                    await subject.finish()
-                for rate, of_rate in spans.items():
-                    _add(
-                        report, f"latency: {kind}, {rate:g}/s", [await subject.steps(one) for one in of_rate]
-                    )
-            report.remember(subject.memory)
-        except FAILURES as error:
-            report.fail(f"latency: {kind}", error)
-            tell(f"latency: {kind}: failed: {error}")
+        for work in works if kind in OURS else WORKS[:1]:
+            case = f"latency: {kind}" if work == "same" else f"latency: {kind}, worked examples"
+            made = _copies(kind, poll_interval) if work == "same" else _examples(kind, poll_interval)
+            try:
+                async with made as subject:
+                    spans = await _rounds(case, subject, rates, seconds, rounds, until)
+                    if subject.finish is not None:
+                        await subject.finish()
+                    for rate, of_rate in spans.items():
+                        steps = [await subject.steps(one) for one in of_rate]
+                        _add(report, f"{case}, {rate:g}/s", steps)
+                report.remember(subject.memory)
+            except FAILURES as error:
+                report.fail(case, error)
+                tell(f"{case}: failed: {error}")
     report.note(
         f"latency: {rounds} rounds of {seconds:g} s at each rate, at least {_FEWEST} changes each;"
         f" the stand-in looks at its slot every {poll_interval * 1000:g} ms"
@@ -147,7 +154,7 @@ async def measure(
 
 
 async def _rounds(
-    kind: Kind, subject: _Subject, rates: Sequence[float], seconds: float, rounds: int, until: float
+    case: str, subject: _Subject, rates: Sequence[float], seconds: float, rounds: int, until: float
 ) -> dict[float, list[Span]]:
     writer = Writer(subject.url, subject.first)
     await writer.write(_WARM_UP_RATE, _WARM_UP_SECONDS)
@@ -163,38 +170,73 @@ async def _rounds(
             await subject.derived(writer.written)
             first, last = spans[rate][-1]
             tell(
-                f"latency: {kind}, {rate:g}/s, round {number + 1} of {rounds}:"
+                f"{case}, {rate:g}/s, round {number + 1} of {rounds}:"
                 f" {last - first} changes, written at {(last - first) / took:,.0f}/s"
             )
     return spans
 
 
 @asynccontextmanager
-async def _ours(kind: Kind, poll_interval: float) -> AsyncIterator[_Subject]:
+async def _examples(kind: Kind, poll_interval: float) -> AsyncIterator[_Subject]:
+    """Ours, with the worked examples for handlers."""
     delivery = {"WORKER_DELIVERY": "plain" if kind == "plain" else "proven"}
     async with stack("handlers", ORDERS, delivery, poll_interval=poll_interval) as running:
         if kind == "windows":
             await running.read_in_windows()
         children: tuple[Child, ...] = (await running.listener(), await running.worker())
-        watcher = await _watcher(running) if kind == "plain" else None
-        watched = (*children, watcher) if watcher is not None else children
-        arrived = dict[str, int]()
+        frames = await _Frames.of(running, kind)
 
         async def derived(upto: int) -> None:
+            watched = (*children, *frames.children)
             await running.until(_DERIVED, upto, seconds=_SETTLE_SECONDS, children=watched)
 
         async def steps(span: Span) -> Steps:
-            return await _steps(running, arrived, span)
+            rows = await running.db.fetch(_COMMITS, *span)
+            _complete(rows, span)
+            return frames.steps(HANDLERS, rows)
 
-        async def finish() -> None:
-            if watcher is not None:
-                await watcher.end()
-                arrived.update(orjson.loads((running.folder / "frames.json").read_bytes()))
-
-        subject = _Subject(running.database_url, derived, steps, finish)
+        subject = _Subject(running.database_url, derived, steps, frames.finish)
         yield subject
         await running.end(*children)
         subject.memory.update(running.memory)
+
+
+class _Frames:
+    """When the frame of each row arrived, in plain delivery; nothing else has frames."""
+
+    def __init__(self, running: Stack, watcher: Child | None) -> None:
+        self._running = running
+        self._watcher = watcher
+        self._arrived = dict[str, int]()
+        self.children = () if watcher is None else (watcher,)
+
+    @classmethod
+    async def of(cls, running: Stack, kind: Kind) -> "_Frames":
+        """Begin to watch them, where there are any."""
+        return cls(running, await _watcher(running) if kind == "plain" else None)
+
+    async def finish(self) -> None:
+        """Take what was watched."""
+        if self._watcher is not None:
+            await self._watcher.end()
+            self._arrived.update(orjson.loads((self._running.folder / "frames.json").read_bytes()))
+
+    def steps(self, handlers: Sequence[str], rows: Sequence[Sequence[int]]) -> Steps:
+        """Compute what each change took.
+
+        Args:
+            handlers: what to call the time until each of its derived rows.
+            rows: id, and microseconds since 1970 of its commit and of those of its derived rows.
+        """
+        found: dict[str, list[float]] = {}
+        for id_, committed, *derived in rows:
+            began = self._arrived[str(id_)] / 1000 if self._arrived else committed
+            for handler, at in zip(handlers, derived, strict=True):
+                found.setdefault(handler, []).append((at - began) / 1000)
+            if self._arrived:
+                found.setdefault(_FRAME, []).append((began - committed) / 1000)
+                found.setdefault("from the commit", []).append((max(derived) - committed) / 1000)
+        return found
 
 
 async def _watcher(running: Stack) -> Child:
@@ -206,40 +248,30 @@ async def _watcher(running: Stack) -> Child:
     return child
 
 
-async def _steps(running: Stack, arrived: Mapping[str, int], span: Span) -> Steps:
-    rows = await running.db.fetch(_COMMITS, *span)
-    _complete(rows, span)
-    found: dict[str, list[float]] = {}
-    for id_, committed, *derived in rows:
-        began = arrived[str(id_)] / 1000 if arrived else committed
-        for handler, at in zip(HANDLERS, derived, strict=True):
-            found.setdefault(handler, []).append((at - began) / 1000)
-        if arrived:
-            found.setdefault(_FRAME, []).append((began - committed) / 1000)
-            found.setdefault("from the commit", []).append((max(derived) - committed) / 1000)
-    return found
-
-
 @asynccontextmanager
-async def _other(kind: Kind, poll_interval: float) -> AsyncIterator[_Subject]:
-    """Floor or glue."""
+async def _copies(kind: Kind, poll_interval: float) -> AsyncIterator[_Subject]:
+    """Any kind, with the same work for all."""
     async with pipeline(kind, poll_interval=poll_interval) as made:
         await made.start()
         running = made.running
+        frames = await _Frames.of(running, kind)
         await running.db.execute("truncate derived_orders")
         first = 1_000_000  # above the customers that were written before
 
         async def derived(upto: int) -> None:
-            wanted = upto - first
-            await running.until(_COPIED, wanted, seconds=_SETTLE_SECONDS, children=made.children)
+            children = (*made.children, *frames.children)
+            await running.until(_COPIED, upto - first, seconds=_SETTLE_SECONDS, children=children)
 
         async def steps(span: Span) -> Steps:
             rows = await running.db.fetch(_COPIES, *span)
             _complete(rows, span)
-            return {"": [(derived_at - committed) / 1000 for _, committed, derived_at in rows]}
+            return frames.steps([_COPY], rows)
 
-        yield _Subject(running.database_url, derived, steps, first=first)
+        subject = _Subject(running.database_url, derived, steps, frames.finish, first=first)
+        yield subject
         await made.end()
+        if kind in OURS:
+            subject.memory.update(running.memory)
 
 
 def _complete(rows: Sequence[object], span: Span) -> None:
@@ -258,8 +290,10 @@ def _add(report: Report, case: str, rounds: Sequence[Steps]) -> None:
             step = ", over the frame, slower handler" if _FRAME in one else ", slower handler"
             by_step.setdefault(step, []).append(slower)
         for step, values in one.items():
-            if step not in HANDLERS:
-                by_step.setdefault(f", {step}" if step else "", []).append(quantiles(values))
+            if step == _COPY:
+                by_step.setdefault(", over the frame" if _FRAME in one else "", []).append(quantiles(values))
+            elif step not in HANDLERS:
+                by_step.setdefault(f", {step}", []).append(quantiles(values))
     for step, found in by_step.items():
         for name in found[0]:
             report.add(f"{case}{step}, {name}", "ms", [each[name] for each in found])

@@ -33,15 +33,17 @@ _PATIENCE: Final = 1.6
 _ROUNDS_END: Final = 0.85
 """A round that has begun, and the end of the processes, take their time, too."""
 # What is compared with goals comes first, and gets the rates that the goals are about.
-_LATENCIES: Final[tuple[tuple[Kind, tuple[float, ...]], ...]] = (
-    ("stream", (1, 50, 200, 1000)),
-    ("plain", (50, 200)),
-    ("windows", (200,)),
-    ("floor", (200,)),
-    ("glue, arq tuned", (50, 200)),
-    ("glue, arq with its defaults", (50,)),
-    ("Debezium's engine", (50,)),
-    ("Debezium's engine tuned", (50,)),
+_LATENCIES: Final[tuple[tuple[Kind, latency.Work, tuple[float, ...]], ...]] = (
+    ("stream", "same", (1, 50, 100, 200, 1000)),
+    ("plain", "same", (50, 200)),
+    ("floor", "same", (200,)),
+    ("windows", "same", (100, 200)),
+    ("glue, arq tuned", "same", (50, 200)),
+    ("stream", "examples", (100, 200)),
+    ("plain", "examples", (200,)),
+    ("glue, arq with its defaults", "same", (50,)),
+    ("Debezium's engine", "same", (50,)),
+    ("Debezium's engine tuned", "same", (50,)),
 )
 
 
@@ -117,7 +119,7 @@ def _one(name: str, report: Report, rounds: int, share: float, until: float) -> 
 
 async def _latencies(report: Report, rounds: int, seconds: float, until: float) -> None:
     left = len(_LATENCIES)
-    for kind, rates in _LATENCIES:
+    for kind, work, rates in _LATENCIES:
         mine = time.monotonic() + max(0.0, until - time.monotonic()) * (2 if left > 1 else 1) / (left + 1)
         await latency.measure(
             report,
@@ -126,6 +128,7 @@ async def _latencies(report: Report, rounds: int, seconds: float, until: float) 
             seconds=seconds,
             rounds=rounds,
             poll_interval=0.02,
+            works=[work],
             until=mine,
         )
         left -= 1

@@ -77,6 +77,27 @@ async def test_those_that_wait_go_together(passes: Passes) -> None:
     assert [one.read for one in await asyncio.gather(*others)] == [2] * 4
 
 
+async def test_those_that_begin_together_go_together(passes: Passes) -> None:
+    running = [passes.run(lane) for lane in LANES]
+    await passes.begin(1)
+    assert passes.begun == [LANES]
+    passes.end(0)
+    assert [one.read for one in await asyncio.gather(*running)] == [2] * 5
+
+
+async def test_more_than_one_transaction_should_have_go_in_several_at_once(
+    passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.draining.sharing.MOST", 2)
+    running = [passes.run(lane) for lane in LANES]
+    await passes.begin(3)
+    assert sorted(lane for lanes in passes.begun for lane in lanes) == LANES
+    assert max(map(len, passes.begun)) == 2
+    for index in range(3):
+        passes.end(index)
+    await asyncio.gather(*running)
+
+
 async def test_a_lane_that_is_left_out_goes_alone_and_by_itself(passes: Passes) -> None:
     first = passes.run(LANES[0])
     await passes.begin(1)

@@ -42,22 +42,28 @@ class Sharing:
             return progress
         token = object()
         self._under_way.add(token)
-        others = {one: self._waiting.pop(one) for one in [*self._waiting][: MOST - 1]}
-        self._go_on()
-        done: Mapping[Lane, Progress] = {}
         try:
-            if others:
-                try:
-                    done = await self._together([lane, *others])
-                finally:
-                    for other, future in others.items():
-                        if not future.done():
-                            future.set_result(done.get(other))
+            await asyncio.sleep(0)  # those that were rung by the same bell come along
+            done = await self._take_along(lane)
             return done[lane] if lane in done else await self._alone(lane)
         finally:
             self._under_way.discard(token)
             if len(self._under_way) < AT_ONCE:
                 self._go_on()
+
+    async def _take_along(self, lane: Lane) -> Mapping[Lane, Progress]:
+        others = {one: self._waiting.pop(one) for one in [*self._waiting][: MOST - 1]}
+        self._go_on()
+        if not others:
+            return {}
+        done: Mapping[Lane, Progress] = {}
+        try:
+            done = await self._together([lane, *others])
+        finally:
+            for other, future in others.items():
+                if not future.done():
+                    future.set_result(done.get(other))
+        return done
 
     async def _wait(self, lane: Lane) -> Progress | None:
         """Wait to be taken along; None where the lane has to see to itself."""
