@@ -1,15 +1,18 @@
-"""Eight workers, each on an address of its own, share the lanes; some join, and some leave."""
+"""Workers, each on an address of its own, share the lanes by their load; some join, and some leave."""
 
 import asyncio
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 
+import asyncpg
 import httpx
 import pytest
 from redis.asyncio import Redis
 
 from tests.e2e import rolling_handlers as handlers
+from tests.e2e import skewed_handlers as skewed
 from tests.e2e.rolling_handlers import WRONG
 from tests.e2e.test_proven import drop_slot
 from tests.e2e.test_rolling import write
@@ -98,3 +101,65 @@ async def test_workers_that_join_are_given_lanes_and_those_that_leave_give_them_
         assert await shop.db.fetchval(WRONG) == 0
         assert await shop.db.fetchval("select count(*) from tailrace.gaps") == 0
         await drop_slot(shop)
+
+
+LATEST = "select distinct on (order_id) pid from derived_log order by order_id, seq desc"
+
+
+async def appliers(shop: Project) -> Counter[int]:
+    """Count the orders by the worker that was the last to apply a change of them."""
+    return Counter(row["pid"] for row in await shop.db.fetch(LATEST))
+
+
+async def appliers_become(shop: Project, wanted: Callable[[Counter[int]], bool], what: str) -> None:
+    """Wait until the changes are applied by whom they should be."""
+    until = time.monotonic() + SECONDS
+    while not wanted(found := await appliers(shop)):
+        assert time.monotonic() < until, f"{what}: {found}"
+        await asyncio.sleep(0.1)  # a handler's commits send no signal
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_a_worker_with_little_to_do_is_handed_lanes_that_go_to_nobody_by_themselves(
+    shared: Servers,
+) -> None:
+    async with project(
+        shared, skewed.TABLES, "tests.e2e.skewed_handlers", WORKER_LANES=str(skewed.LANES)
+    ) as shop:
+        await shop.listener()
+        first = await shop.worker()
+        stop = asyncio.Event()
+
+        async def trickle() -> None:
+            db, rounds = await asyncpg.connect(shop.database_url), 0
+            try:
+                while not stop.is_set():
+                    await db.execute(
+                        "insert into orders select n, 1 from generate_series(1, $1::int) n"
+                        " on conflict (id) do update set version = orders.version + 1",
+                        skewed.ORDERS,
+                    )
+                    rounds += 1
+                    # A lane that has more to do is dealt anew after seconds, and one that is idle for
+                    # seconds is given back: here none is ever either.
+                    while await db.fetchval("select count(*) from derived_log") < rounds * skewed.ORDERS:
+                        await asyncio.sleep(0.02)
+                    await asyncio.sleep(0.1)
+            finally:
+                await db.close()
+
+        writing = asyncio.create_task(trickle(), name="test: writer")
+        one = first.process.pid
+        await appliers_become(shop, lambda found: found == {one: skewed.ORDERS}, "alone")
+        second = await shop.worker()
+        other = second.process.pid
+        some = range(3, skewed.ORDERS - 2)
+        await appliers_become(
+            shop, lambda found: found.keys() == {one, other} and found[other] in some, "joined"
+        )
+        assert await first.terminate() == 0
+        await appliers_become(shop, lambda found: found == {other: skewed.ORDERS}, "left")
+        stop.set()
+        await writing
+        assert await shop.db.fetchval(WRONG) == 0
