@@ -28,6 +28,7 @@ import httpx
 from config.settings import Settings
 from standin import Behaviour, Standin
 from standin.embedded import EmbeddedPostgres, EmbeddedRedis, bootstrap_supabase
+from tests import forkserver
 from tests.leaks import written
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +126,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 class Process:
     """One of tailrace's processes: its log lines, its end."""
 
-    def __init__(self, process: asyncio.subprocess.Process, name: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | forkserver.Child, name: str) -> None:
         self.process = process
         self.name = name
         self.lines: list[dict[str, Any]] = []
@@ -136,6 +137,8 @@ class Process:
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], name: str) -> Self:
         """Start a command with exactly this environment."""
         written.given(environment)
+        if forkserver.forks(command, environment):
+            return cls(await forkserver.start(command, environment, ROOT), name)
         process = await asyncio.create_subprocess_exec(
             *command,
             cwd=ROOT,
@@ -241,21 +244,11 @@ class Project:
 
     async def run(self, *command: str, **environment: str) -> tuple[int, str]:
         """Run `python -m worker …` to its end; returns exit code and what it printed to both."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "worker",
-            *command,
-            cwd=ROOT,
-            env=self.environment | environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            output, _ = await process.communicate()
-        written.given(self.environment | environment)
-        written.heard(f"python -m worker {' '.join(command)}", output.decode())
-        return process.returncode or 0, output.decode()
+        given = self.environment | environment
+        code, output = await _run(command, given)
+        written.given(given)
+        written.heard(f"python -m worker {' '.join(command)}", output)
+        return code, output
 
     async def get(self, listener: Process, path: str) -> httpx.Response:
         """Ask a process over HTTP."""
@@ -315,16 +308,29 @@ async def _template(postgres: EmbeddedPostgres) -> None:
     await execute(postgres.dsn(), f"create database {_TEMPLATE}")
     url = postgres.dsn(_TEMPLATE)
     await bootstrap_supabase(url)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "worker",
-        "migrate",
-        cwd=ROOT,
-        env=_settings(url, "redis://127.0.0.1:1", "x", "y"),
-    )
-    assert await process.wait() == 0
+    code, output = await _run(("migrate",), _settings(url, "redis://127.0.0.1:1", "x", "y"))
+    assert code == 0, output
     _template_made.add(postgres)
+
+
+async def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run `python -m worker …`; returns exit code and what it printed to both."""
+    command = [sys.executable, "-m", "worker", *command]
+    process: asyncio.subprocess.Process | forkserver.Child
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        if forkserver.forks(command, environment):
+            process = await forkserver.start(command, environment, ROOT, merged=True)
+        else:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=ROOT,
+                env=dict(environment),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+        assert process.stdout is not None
+        output = await process.stdout.read()
+        return await process.wait(), output.decode()
 
 
 def _settings(database_url: str, redis_url: str, supabase_url: str, handlers: str) -> dict[str, str]:

@@ -14,6 +14,8 @@ from typing import Any
 import jwt
 import pytest
 
+from tests import forkserver
+
 ROOT = Path(__file__).parents[2]
 HANDLERS = """
 from worker import Handlers
@@ -61,16 +63,13 @@ def tailrace(
     entry: tuple[str, ...] = (sys.executable, "-m", "worker"),
     **settings: str,
 ) -> "subprocess.CompletedProcess[str]":
-    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment["PYTHONPATH"] = str(ROOT)  # what is tested is this checkout, whichever one is installed
+    command, environment = [*entry, *arguments], environment | settings
+    if forkserver.forks(command, environment):
+        return forkserver.run(command, environment, directory)
     return subprocess.run(
-        [*entry, *arguments],
-        cwd=directory,
-        env=environment | settings,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from config.settings import Settings, load_settings
 from standin.embedded import EmbeddedPostgres, EmbeddedRedis
 from standin.server import Standin
+from tests import forkserver
 from tests.leaks import written
 from tests.stack import only_environment
 from worker.check.findings import Finding, Fix
@@ -103,26 +104,31 @@ class Patients(NamedTuple):
         clock = f"import time; true = time.time; time.time = lambda: true() + {shifted}"
         entry = ["-c", f"{clock}; from worker.__main__ import main; main()"] if shifted else ["-m", "worker"]
         own = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *entry,
-            *arguments,
-            cwd=self.directory,
-            env=own | {"PYTHONPATH": str(ROOT)} | self.environment(**settings),
-            stdin=its,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        if answer:
-            os.close(its)
-            os.write(person, f"{answer}\n".encode())
-        output, errors = await asyncio.wait_for(process.communicate(), 120)
-        if answer:
-            os.close(person)
-        assert process.returncode is not None
+        environment = own | {"PYTHONPATH": str(ROOT)} | self.environment(**settings)
+        command = [sys.executable, *entry, *arguments]
+        if not answer and forkserver.forks(command, environment):
+            done = await asyncio.to_thread(forkserver.run, command, environment, self.directory)
+            code, said = done.returncode, (done.stdout, done.stderr)
+        else:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=self.directory,
+                env=environment,
+                stdin=its,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            if answer:
+                os.close(its)
+                os.write(person, f"{answer}\n".encode())
+            output, errors = await asyncio.wait_for(process.communicate(), 120)
+            if answer:
+                os.close(person)
+            assert process.returncode is not None
+            code, said = process.returncode, (output.decode(), errors.decode())
         written.given(self.environment(**settings))
-        written.heard(f"python -m worker {' '.join(arguments)}", (output + errors).decode())
-        return process.returncode, output.decode(), errors.decode()
+        written.heard(f"python -m worker {' '.join(arguments)}", "".join(said))
+        return code, *said
 
     @asynccontextmanager
     async def server(self, **settings: object) -> AsyncIterator[None]:
