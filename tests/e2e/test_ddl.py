@@ -42,6 +42,10 @@ class Shop:
     async def settled(self) -> None:
         await self.made.until(DIFFERENCES, 0)
 
+    async def gap(self, cause: str) -> None:
+        """Wait until there is a gap of this cause."""
+        await self.made.until(f"select count(*) > 0 from tailrace.gaps where cause = '{cause}'", value=True)
+
     async def gaps(self) -> list[str]:
         """Name the causes of gaps since the last time, waiting for one."""
         await self.made.until("select count(*) > 0 from tailrace.gaps", value=True)
@@ -200,6 +204,8 @@ async def test_a_table_renamed_dropped_and_made_again(shop: Shop) -> None:
     # Dropped and made again, in a different shape.
     await shop.run("drop table orders")
     await listener.said("a handler does not fit the database any more", times=2)
+    # That is told before the publication is looked at: made again by then, the table had never left it.
+    await shop.gap("the publication was changed")
     await shop.run("insert into notes values (2, 'b')")
     assert (await shop.next())[3]["id"] == 2
     await shop.run(
@@ -209,10 +215,10 @@ async def test_a_table_renamed_dropped_and_made_again(shop: Shop) -> None:
     )
     _, _, key, record = await shop.next()
     assert (key, record) == ("(6,)", {"id": 6, "amount": "4", "customer_id": 7, "remark": "new"})
+    # What the first gap asked for may be read from the new table before its return is seen.
+    await shop.gap("the table was not in the publication for a while")
     await shop.settled()
-    causes = await shop.gaps()
-    assert "the publication was changed" in causes
-    assert "the table was not in the publication for a while" in causes
+    assert "the publication was changed" in await shop.gaps()
 
 
 async def test_the_publication_is_made_anew_and_a_table_leaves_it(shop: Shop) -> None:
