@@ -119,7 +119,8 @@ def _live(order: Mapping[str, Any], streams: Sequence[int]) -> NoReturn:
     os.environ.clear()
     os.environ.update(order["environment"])
     os.chdir(order["directory"])
-    sys.path[0] = order["directory"]
+    # The directory that `-m` adds, and those of PYTHONPATH, of which the server has one.
+    sys.path[:2] = [order["directory"], *order["environment"]["PYTHONPATH"].split(os.pathsep)]
     sys.argv = list(order["arguments"])
     code = 1
     try:
@@ -193,7 +194,8 @@ def forks(command: Sequence[str], environment: Mapping[str, str]) -> bool:
         for name, value in environment.items()
         if name.startswith(_OF_THE_INTERPRETER) or name in ("TZ", "LANG")
     }
-    return command[2] in _MODULES and special.items() <= _OWN.items() and "PYTHONPATH" in special
+    ours, *_ = special.pop("PYTHONPATH", "").split(os.pathsep)
+    return command[2] in _MODULES and ours == str(ROOT) and special.items() <= _OWN.items()
 
 
 async def start(

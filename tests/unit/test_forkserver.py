@@ -42,6 +42,13 @@ def test_it_has_its_own_arguments_environment_directory_and_streams(tmp_path: Pa
     assert done.stderr == f"{tmp_path} {tmp_path} 3\n"
 
 
+def test_it_finds_what_lies_on_the_path_that_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(HANDLERS)
+    given = ENVIRONMENT | {"HANDLERS": "mine", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    assert forks(WORKER, given)
+    assert forkserver.run([*WORKER, "handlers"], given, ROOT).returncode == 0
+
+
 def test_exit_codes_are_those_of_a_process(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(HANDLERS)
     assert forkserver.run([*WORKER, "fly"], ENVIRONMENT, tmp_path).returncode == 2
