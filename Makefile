@@ -10,8 +10,9 @@ STAMP  := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 ARGS   ?=
-# Tests mostly wait for processes of their own: two at a time, whole files each. PROCESSES=0 for a debugger.
-PROCESSES ?= 2
+# Tests mostly wait for processes of their own: three at a time even on two cores, whole files each.
+# PROCESSES=0 for a debugger.
+PROCESSES ?= 3
 
 .PHONY: help setup run test bench chaos awaits docs check format lint types contracts lock clean
 
