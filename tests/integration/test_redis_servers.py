@@ -1,6 +1,7 @@
 """Redis as it is run for real: behind TLS with a CA of its own, and as a group that sentinels watch."""
 
 import asyncio
+import contextlib
 import datetime as dt
 import ipaddress
 import signal
@@ -11,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,8 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from redis.asyncio import Redis
 from redis.asyncio.connection import SSLConnection
-from redis.asyncio.sentinel import SentinelManagedConnection
+from redis.asyncio.sentinel import SentinelConnectionPool, SentinelManagedConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from config.addresses import redis_address, secret_parts, sentinels
 from standin.embedded import EmbeddedRedis, binaries
@@ -28,7 +31,9 @@ from tests.e2e import shop as handlers
 from tests.e2e.shop import DIFFERENCES
 from tests.e2e.writing import Writer, logged
 from tests.stack import Project, Servers, _pump, project
+from worker.change import Position
 from worker.check.redis import examine_redis
+from worker.lanes import Entry, Found, Lane, Lanes
 from worker.queue import arq_settings, connection_pool
 
 # TLS
@@ -250,6 +255,43 @@ async def test_a_master_that_dies_is_replaced_and_nothing_is_lost_or_doubled(
         )
         assert await checked.ended() == 0
         await drop_slot(shop)
+
+
+@pytest.mark.slow
+async def test_what_reads_lanes_finds_the_new_master_by_itself(tmp_path: Path) -> None:
+    """It has a client of its own, with other answers, over the connections of the first one."""
+    async with group(tmp_path) as redis, AsyncExitStack() as stack:
+        pool = connection_pool(redis.url)
+        assert isinstance(pool, SentinelConnectionPool)
+        client = await stack.enter_async_context(Redis.from_pool(pool))
+        for sentinel in pool.sentinel_manager.sentinels:  # which the pool does not close
+            stack.push_async_callback(sentinel.aclose)
+        lanes, lane, start = Lanes(client, "test"), Lane("log", 3), Position(0, 0)
+
+        async def write(number: int) -> None:
+            previous = f"{number - 1}-0"
+            entry = Entry(previous, (3,), (b"key",), "wal", b"payload %d" % number, number, 0, 0.0)
+            await client.xadd(lanes.key("one", lane), {"e": msgspec.msgpack.encode(entry)}, id=f"{number}-0")
+
+        for number in range(1, 31):
+            await write(number)
+        assert await client.wait(1, 10_000) == 1  # the replica has them, too
+        before = await lanes.read("one", lane, start, 100)
+        assert [read.entry.count for read in before.reads] == list(range(1, 31))
+
+        await redis.first.kill()
+        found: Found | None = None
+        async with asyncio.timeout(60):
+            while found is None:
+                # While there is no master it says so; it never answers with less than there is.
+                with contextlib.suppress(RedisError):
+                    found = await lanes.read("one", lane, start, 100)
+        assert found == before
+        await write(31)
+        after = await lanes.read("one", lane, before.reads[-1].position, 100)
+        assert [read.entry.payload for read in after.reads] == [b"payload 31"]
+        async with Redis(port=redis.second.port) as promoted:
+            assert await promoted.xlen(lanes.key("one", lane)) == 31
 
 
 async def drop_slot(shop: Project) -> None:
