@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker.catalogue import Catalogue, Table, quote
 from worker.database import singly
 from worker.kept_keys import PAGE, KeyColumn, kept_keys, lane_keys, print_as_the_log
+from worker.lease import limited
 from worker.registry import Handler
 from worker.values import Form
 from worker.values.database import is_data_error
@@ -41,20 +42,21 @@ AHEAD = 2
 Put = Callable[[Handler, Sequence[bytes]], Awaitable[None]]
 
 # Gaps first: until they are closed, what is derived may be wrong.
-_NEXT = text(
+# A listener that is frozen in one of these must not keep a backfill from the next one.
+_NEXT = limited(
     "update tailrace.backfills set state = 'running' where id = ("
     " select b.id from tailrace.backfills b join tailrace.handlers h on h.name = b.handler"
     " where b.state in ('waiting', 'running') and h.state = 'active'"
     " and b.id <> all (cast(:besides as bigint[])) order by b.gap is null, b.id limit 1)"
-    " returning id, handler, schema_name, table_name, phase, cursor, condition, rate"
+    " returning id, handler, schema_name, table_name, phase, cursor, condition, rate,"
 )
-_PROGRESS = text(
+_PROGRESS = limited(
     "update tailrace.backfills set cursor = cast(:cursor as jsonb), phase = :phase, rows = rows + :rows,"
-    " keys = keys + :keys where id = :id and state = 'running' returning rate"
+    " keys = keys + :keys where id = :id and state = 'running' returning rate,"
 )
-_DONE = text(
+_DONE = limited(
     "update tailrace.backfills set state = 'done', cursor = null, done_at = clock_timestamp()"
-    " where id = :id and state = 'running'"
+    " where id = :id and state = 'running' returning"
 )
 # A gap is closed when every handler of its tables computes from what is there, and has been given all keys.
 _CLOSE = text(
@@ -127,7 +129,7 @@ class Backfills:
             if row is None:
                 return False
             self._quiet_until = 0.0
-            asked = _Asked(*row)
+            asked = _Asked(*row[:-1])
             self._under_way.add(asked.id)
         try:
             await self._carry_out(asked)

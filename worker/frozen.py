@@ -20,12 +20,12 @@ _END = text(
     " and a.query_start < clock_timestamp() - make_interval(secs => :seconds)"
     " and exists (select from pg_locks l join pg_class c on c.oid = l.relation"
     "  where l.pid = a.pid and l.granted and l.mode in ('RowShareLock', 'RowExclusiveLock')"
-    "  and c.relname in ('lanes', 'source') and c.relnamespace = cast('tailrace' as regnamespace))"
+    "  and c.relnamespace = cast('tailrace' as regnamespace))"
 )
 
 
 async def end_frozen(connection: AsyncConnection, seconds: float) -> None:
-    """End what has been in the middle of a statement for so long, and may keep a lane or the lease.
+    """End what has been in the middle of a statement for so long, and may keep rows that others need.
 
     Args:
         connection: whose user has the session.

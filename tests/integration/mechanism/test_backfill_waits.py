@@ -7,11 +7,11 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.mechanism.bench import Bench
-from worker import Handlers
+from worker import Handlers, lease
 from worker.backfill import Backfills
 from worker.registry import Handler
 
@@ -121,3 +121,19 @@ async def test_tasks_that_look_for_backfills_ask_once_for_all_of_them(at: Bench)
     await at.db.execute("update tailrace.backfills set state = 'waiting'")
     asked.ask()
     assert await asked.once()
+
+
+async def test_each_transaction_that_locks_a_backfill_says_when_it_is_to_end(at: Bench) -> None:
+    """Who is frozen in one would keep the backfill from every later listener."""
+    limits: list[str] = []
+
+    def look(connection: Connection) -> None:
+        found = connection.exec_driver_sql("show idle_in_transaction_session_timeout")
+        limits.append(found.scalar_one())
+
+    of_one = await backfills(at, [])
+    event.listen(at.engine.sync_engine, "commit", look)
+    assert await of_one.once()
+    event.remove(at.engine.sync_engine, "commit", look)
+    assert await at.count("tailrace.backfills where state = 'done'") == 1
+    assert set(limits) == {f"{lease.IDLE_MS // 1000}s"}
