@@ -151,12 +151,13 @@ ROWS: Final = (
         "1% poison among 20,000 changes over 500 keys",
         "≥ 50% of the clean run",
         (
-            Wanted(
-                "of the clean run",
-                "poison: change handler, one at a time, with poison",
-                50,
-                "%",
-                "poison: change handler, one at a time, clean",
+            *(
+                Wanted(name, f"poison: {kind}, with poison", 50, "%", f"poison: {kind}, clean")
+                for name, kind in (
+                    ("one at a time", "change handler, one at a time"),
+                    ("batch=500", "change handler, batch=500"),
+                    ("derive", "derive handler"),
+                )
             ),
         ),
     ),

@@ -23,6 +23,7 @@ KINDS: Final = {
     "single": "change handler, one at a time",
     "batch": "change handler, batch=500",
     "derive": "derive handler",
+    "raising": "change handler, batch=500, raises at the first",
     "blind": "change handler, batch=500, the error does not tell",
 }
 ATTEMPTS: Final = 3

@@ -193,11 +193,12 @@ class Tunables(BaseSettings):
     )
     retries_per_second: float = _setting(
         "WORKER_RETRIES_PER_SECOND",
-        default=100.0,
+        default=1000.0,
         gt=0,
         allow_inf_nan=False,
-        unit="retries, of a handler in one worker",
-        reason="When all that had failed is due at once, after an outage, it must not come as a storm.",
+        unit="calls, of a handler in one worker",
+        reason="What is due at once, after an outage, must not keep all else from being applied. A list"
+        " that is called again is one call. Less, where what handlers call outside bears less.",
     )
     give_up_on: Sorts = _setting(
         "WORKER_GIVE_UP_ON",

@@ -163,6 +163,10 @@ class Allowance:
         self._left -= 1.0
         return True
 
+    def spend(self) -> None:
+        """Count one that could not be foreseen: those that follow wait for it."""
+        self._left -= 1.0
+
 
 class Policy(NamedTuple):
     """How patient to be with one handler."""
@@ -173,8 +177,8 @@ class Policy(NamedTuple):
     give_up_on: frozenset[Sort] = frozenset()
     halts: bool = False
     """A dead letter holds back its keys until a person has decided."""
-    retries_per_second: float = 100.0
-    """In one worker."""
+    retries_per_second: float = 1000.0
+    """Calls, in one worker."""
 
 
 class Failure(NamedTuple):

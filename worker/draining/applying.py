@@ -12,12 +12,21 @@ import structlog
 
 from worker import held
 from worker.change import Change, Position
-from worker.draining.calls import Caller, CallFailedError, Isolation, LaneBlockedError, Outcome, Traits
+from worker.draining.calls import (
+    Caller,
+    CallFailedError,
+    Calling,
+    Isolation,
+    LaneBlockedError,
+    Outcome,
+    Traits,
+)
 from worker.draining.hints import Odds
 from worker.draining.items import Decoder, Item, KeyItem
 from worker.draining.passes import Turn
 from worker.held import Blocked, HeldRow, Kept
 from worker.lanes import Read
+from worker.naming import Named
 from worker.overtaking import Applied
 from worker.registry import Handler
 from worker.retries import Failure, blames_nobody, classify
@@ -28,14 +37,13 @@ MOST_AT_ONCE = 1_000
 """Changes, or keys, in one call: a TRUNCATE may concern more than one call can do within its time."""
 
 ItemT = TypeVar("ItemT")
-Call = Callable[[Sequence[ItemT]], Awaitable[None]]
-
+Call = Callable[[Sequence[ItemT], Named[Failure] | None], Awaitable[None]]
+"""Calls the handler; it may name those of the items that have failed."""
 
 _OF_KEYS = Traits[KeyItem](lambda item: (item.key,), lambda item: item.key, lambda item: item.value)
 _OF_CHANGES = Traits[Item](
     lambda item: item.read.entry.keys, lambda item: item.read.position, lambda item: item.change
 )
-_OF_ROW = Traits[HeldRow](lambda _: (), lambda row: ("held", row.id), lambda row: row)
 
 
 class _Verdict(NamedTuple):
@@ -55,6 +63,8 @@ class Applying:
         self.decoder = decoder
         self.policy = caller.policy
         self._odds = Odds()
+        self._odds_again = Odds()
+        """Of what is called again: nearly all of it fails, or nearly nothing."""
 
     # Fresh changes
 
@@ -103,15 +113,10 @@ class Applying:
         await held.absorb(turn.session, self.handler.name, waiting)
         verdicts: list[tuple[KeyItem, Failure | None]] = []
         items = self._typed(turn, counts, verdicts)
-        if not turn.careful:
-            await self._called(turn, self.keys_call(turn), items)
-            turn.progress.applied += sum(counts.values())
-            _tell_of(turn, batch, waiting)
-            return
-        outcome = await self.apart(turn, self.keys_call(turn), items, _OF_KEYS)
+        outcome = await self.called(turn, self.keys_call(turn), items, _OF_KEYS)
         turn.progress.applied += sum(item.changes for item in outcome.applied)
         verdicts += outcome.failed
-        verdicts += [(item, None) for item in outcome.untried]
+        verdicts += [(item, None) for item in outcome.behind + outcome.untried]
         _tell_of(turn, batch, {*waiting, *(item.key for item, _ in verdicts)})
         lanes, at = (turn.lane.number,), batch[-1].position
         await self._hold(
@@ -151,22 +156,15 @@ class Applying:
             blocked.add(read.entry.keys)
         if not turn.careful:
             items = await self._decoded(turn, free if blocked else batch)
-            await self._called(turn, self.changes_call(turn), items)
-            applied = items
         else:
             items = [readable[read.position] for read in free]
-            outcome = await self.apart(
-                turn,
-                self.changes_call(turn),
-                items,
-                _OF_CHANGES,
-            )
-            applied = outcome.applied
-            verdicts += [_Verdict(item.read, failure) for item, failure in outcome.failed]
-            verdicts += [_Verdict(item.read, None) for item in outcome.behind + outcome.untried]
+        outcome = await self.called(turn, self.changes_call(turn), items, _OF_CHANGES)
+        applied = outcome.applied
+        verdicts += [_Verdict(item.read, failure) for item, failure in outcome.failed]
+        verdicts += [_Verdict(item.read, None) for item in outcome.behind + outcome.untried]
         turn.progress.applied += len(applied)
         turn.progress.tell("applied", (item.read.position for item in applied))
-        if turn.may_overtake:
+        if turn.may_overtake or outcome.failed:
             turn.progress.done += [Applied(item.read.entry.keys, item.read.position) for item in applied]
         # The order of a key is the order in which its changes are held.
         verdicts.sort(key=lambda one: one.read.position)
@@ -219,9 +217,9 @@ class Applying:
     def keys_call(self, turn: Turn) -> Call[KeyItem]:
         """Make what calls a derive handler."""
 
-        async def call(items: Sequence[KeyItem]) -> None:
+        async def call(items: Sequence[KeyItem], named: Named[Failure] | None) -> None:
             await self._caller.keys(
-                turn.session, [item.value for item in items], tuple(turn.progress.arrived)
+                turn.session, [item.value for item in items], tuple(turn.progress.arrived), named
             )
 
         return call
@@ -229,7 +227,7 @@ class Applying:
     def changes_call(self, turn: Turn) -> Call[Item]:
         """Make what calls a change handler."""
 
-        async def call(items: Sequence[Item]) -> None:
+        async def call(items: Sequence[Item], named: Named[Failure] | None) -> None:
             # Positions alone repeat after a restore; and what had failed before it is still the same change.
             histories = {item.change.position: item.history for item in items if item.history is not None}
 
@@ -237,25 +235,60 @@ class Applying:
                 history = histories.get(change.position) or turn.source.history
                 return f"{history}:{self.handler.name}:{change.position}"
 
-            await self._caller.changes(turn.session, [item.change for item in items], name)
+            await self._caller.changes(turn.session, [item.change for item in items], name, named)
 
         return call
 
-    async def _called(self, turn: Turn, call: Call[ItemT], items: Sequence[ItemT]) -> None:
-        """Call with the whole batch, and note how long it took."""
+    async def called(
+        self, turn: Turn, call: Call[ItemT], items: Sequence[ItemT], traits: Traits[ItemT]
+    ) -> Outcome[ItemT]:
+        """Call with items: all at once, or with the care that the pass takes.
+
+        Raises:
+            CallFailedError, TransactionSpoiltError, LaneBlockedError: as `fresh`.
+        """
+        if turn.careful:
+            return await self._apart(turn, call, items, traits)
         began = time.perf_counter()
-        await self.whole(call, items)
+        outcome = await self._whole(turn, call, items, traits)
         turn.progress.called_seconds += time.perf_counter() - began
         turn.progress.called += len(items)
+        return outcome
 
-    async def whole(self, call: Call[ItemT], items: Sequence[ItemT]) -> None:
+    async def _whole(
+        self, turn: Turn, call: Call[ItemT], items: Sequence[ItemT], traits: Traits[ItemT]
+    ) -> Outcome[ItemT]:
         """Call with the whole batch, without savepoints: nearly always all is well."""
-        size = self.handler.batch or MOST_AT_ONCE
-        try:
-            for start in range(0, len(items), size):
-                await call(items[start : start + size])
-        except Exception as error:
-            raise self.trouble(error) from error
+        size, outcome = self.handler.batch or MOST_AT_ONCE, Outcome[ItemT]()
+        for start in range(0, len(items), size):
+            given = items[start : start + size]
+            if outcome.blocked:
+                given = [item for item in given if not outcome.holds_back(item, traits.keys(item))]
+            if not given:
+                continue
+            named = self._naming(given, traits)
+            try:
+                await call(given, named)
+            except Exception as error:
+                raise self.trouble(error) from error
+            if named is None or not named.failed:
+                outcome.applied += given
+                continue
+            if turn.shared or named.overrun(len(given)):
+                raise CallFailedError
+            failed = {traits.identity(given[place]): failure for place, failure in named.failed.items()}
+            outcome.settle(given, traits.keys, lambda item: failed.get(traits.identity(item)))  # noqa: B023 - called at once
+        return outcome
+
+    def _naming(self, items: Sequence[ItemT], traits: Traits[ItemT]) -> Named[Failure] | None:
+        """Let the handler name those items that fail; None where it cannot."""
+        if not (self.handler.wants_list and self.handler.wants_context):
+            return None
+        return Named(
+            lambda place, error: self.judge(error, traits.attempt(items[place])),
+            lambda place: traits.keys(items[place]),
+            by_identity=self.handler.kind == "change",
+        )
 
     def judge(self, error: BaseException, attempt: int = 1) -> Failure | None:
         """Judge a failure; None where nobody is to blame."""
@@ -265,29 +298,35 @@ class Applying:
         """Say how a pass goes on after a failure of a whole batch."""
         return LaneBlockedError() if blames_nobody(error) else CallFailedError()
 
-    async def apart(
+    async def _apart(
         self,
         turn: Turn,
         call: Call[ItemT],
         items: Sequence[ItemT],
         traits: Traits[ItemT],
+        odds: Odds | None = None,
     ) -> Outcome[ItemT]:
         """Call with savepoints, so that only the guilty wait."""
+        odds = odds or self._odds
         isolation: Isolation[ItemT] = Isolation(
             turn.session,
-            call=call,
+            calling=Calling(
+                call,
+                naming=lambda some: self._naming(some, traits),
+                judge=lambda item, error: self.judge(error, traits.attempt(item)),
+            ),
             traits=traits,
-            judge=lambda _, error: self.judge(error),
             spoilers=turn.spoilers,
             together=turn.together,
             singly=not self.handler.wants_list,
-            odds=self._odds,
+            odds=odds,
         )
         size = self.handler.batch or MOST_AT_ONCE
         for start in range(0, len(items), size):
-            failed = len(isolation.outcome.failed)
+            found = len(isolation.outcome.failed) - isolation.named
             await isolation.apply(batch := items[start : start + size])
-            self._odds.count(len(batch), len(isolation.outcome.failed) - failed)
+            # Who is named costs no call.
+            odds.count(len(batch), len(isolation.outcome.failed) - isolation.named - found)
         return isolation.outcome
 
     def tell(self, turn: Turn, failure: Failure, position: Position) -> None:
@@ -311,29 +350,46 @@ class Applying:
         found = None if traces is None else traces.trace_id(position)
         return {} if found is None else {"trace_id": found}
 
-    async def again(self, turn: Turn, row: HeldRow) -> Failure | None:
-        """Call once more for a held change; returns why it failed."""
-        turn.progress.retries += 1
+    async def again(
+        self, turn: Turn, rows: Sequence[HeldRow], further: Callable[[], None]
+    ) -> list[tuple[HeldRow, Failure | None]]:
+        """Call once more for held changes; returns each with why it failed.
 
-        async def call(_: Sequence[HeldRow]) -> None:
-            if row.kept.source == "key":
-                key = row.kept.keys[0]
-                await self.keys_call(turn)([KeyItem(key, self.decoder.key(key), row.kept.changes)])
+        Args:
+            turn: of the pass.
+            rows: no two of which have a key or a position in common; several for a handler of lists.
+            further: told of each call after the first.
+        """
+        turn.progress.retries += len(rows)
+        given: dict[int, object] = {}
+        calls = 0
+
+        async def call(some: Sequence[HeldRow], named: Named[Failure] | None) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                further()
+            if some[0].kept.source == "key":
+                keys = [
+                    KeyItem(row.kept.keys[0], self.decoder.key(row.kept.keys[0]), row.kept.changes)
+                    for row in some
+                ]
+                given.update({row.id: item.value for row, item in zip(some, keys, strict=True)})
+                await self.keys_call(turn)(keys, named)
             else:
-                await self.changes_call(turn)([await self.decoder.held(turn.session, row)])
+                items = await self.decoder.parked(turn.session, some)
+                given.update({row.id: item.change for row, item in zip(some, items, strict=True)})
+                await self.changes_call(turn)(items, named)
 
-        isolation: Isolation[HeldRow] = Isolation(
-            turn.session,
-            call=call,
-            traits=_OF_ROW,
-            judge=lambda _, error: self.judge(error, row.attempts + 1),
-            spoilers={},
-            together=False,
-            singly=False,
-            odds=self._odds,
+        traits = Traits[HeldRow](
+            lambda _: (),
+            lambda row: ("held", row.id),
+            lambda row: given.get(row.id, row),
+            lambda row: row.attempts + 1,
         )
-        await isolation.apply([row])
-        return isolation.outcome.failed[0][1] if isolation.outcome.failed else None
+        outcome = await self._apart(turn, call, rows, traits, self._odds_again)
+        failed = {row.id: failure for row, failure in outcome.failed}
+        return [(row, failed.get(row.id)) for row in rows]
 
 
 def _kept(read: Read) -> Kept:

@@ -5,7 +5,7 @@ savepoints, so that only the guilty wait and the innocent are applied in the sam
 """
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -20,6 +20,7 @@ from worker.draining.guard import Watch, guarded
 from worker.draining.hints import Odds, suspect
 from worker.errors import HandlerStuck, RedisLost
 from worker.forgetting import Table
+from worker.naming import Named
 from worker.pulse import beat
 from worker.registry import Handler
 from worker.retries import Failure, Policy, blames_nobody
@@ -85,17 +86,32 @@ class Caller:
         self._by_key = all(one.lane_key is None for one in handler.subscriptions)
 
     async def keys(
-        self, session: AsyncSession, keys: Sequence[Any], positions: Sequence[Position] = ()
+        self,
+        session: AsyncSession,
+        keys: Sequence[Any],
+        positions: Sequence[Position] = (),
+        named: Named[Any] | None = None,
     ) -> None:
-        """Call a derive handler with the keys whose rows changed; the positions are those of the changes."""
-        await self._guarded(session, [(list(keys), None)], positions)
+        """Call a derive handler with the keys whose rows changed.
+
+        Args:
+            session: in whose transaction.
+            keys: typed.
+            positions: those of the changes.
+            named: gets what the handler says of single keys; without it, that is a failure of all.
+        """
+        await self._guarded(session, [(list(keys), None)], positions, named)
 
     async def changes(
-        self, session: AsyncSession, changes: Sequence[Change], name: Callable[[Change], str]
+        self,
+        session: AsyncSession,
+        changes: Sequence[Change],
+        name: Callable[[Change], str],
+        named: Named[Any] | None = None,
     ) -> None:
         """Call a change handler: with the list where it wants one, else once for each change."""
         if self.handler.wants_list:
-            await self._guarded(session, [(list(changes), None)])
+            await self._guarded(session, [(list(changes), None)], named=named)
         else:
             await self._guarded(session, [(change, name(change)) for change in changes])
 
@@ -104,12 +120,13 @@ class Caller:
         session: AsyncSession,
         calls: Sequence[tuple[object, str | None]],
         positions: Sequence[Position] = (),
+        named: Named[Any] | None = None,
     ) -> None:
         call = self._call if self.traces is None else partial(self._traced, self.traces, positions)
 
         async def work(watch: Watch) -> None:
             for argument, idempotency_key in calls:
-                await watch.call(call(session, argument, idempotency_key))
+                await watch.call(call(session, argument, idempotency_key, named))
 
         try:
             await guarded(self.timeout, work, self.handler.name)
@@ -124,21 +141,31 @@ class Caller:
         session: AsyncSession,
         argument: object,
         idempotency_key: str | None,
+        named: Named[Any] | None,
     ) -> None:
         if self.handler.kind == "change":
             changes = [argument] if isinstance(argument, Change) else argument
             positions = [change.position for change in cast("list[Change]", changes)]
         items = len(argument) if isinstance(argument, list) else 1
         with traces.handling(self.handler.name, positions, items):
-            await self._call(session, argument, idempotency_key)
+            await self._call(session, argument, idempotency_key, named)
 
-    async def _call(self, session: AsyncSession, argument: object, idempotency_key: str | None) -> None:
+    async def _call(
+        self,
+        session: AsyncSession,
+        argument: object,
+        idempotency_key: str | None,
+        named: Named[Any] | None,
+    ) -> None:
         arguments: list[object] = []
         changes = (
             [argument] if isinstance(argument, Change) else argument if isinstance(argument, list) else []
         )
         if self.handler.wants_context:
-            context = self._context(idempotency_key)
+            # Of one change that is called alone, and where nobody judges: as if it had been raised.
+            named = named or Named(by_identity=self.handler.kind == "change")
+            named.begin(argument if isinstance(argument, list) else (argument,))
+            context = replace(self._context(idempotency_key), named=named)
             arguments.append(context)
             if self._cached:
                 await self._forget(context, changes)
@@ -147,6 +174,8 @@ class Caller:
         try:
             async with acting_as(session, self.handler):
                 await self.handler.function(argument, handler_session(session), *arguments)
+                if named is not None:
+                    named.end()
                 # What the handler left in the unit of work is part of its call, and may fail like it.
                 if session.new or session.dirty or session.deleted:
                     await session.flush()
@@ -179,8 +208,12 @@ class Caller:
                 await context.cache.table_changed(table)
 
 
+class _OverrunError(Exception):
+    """A handler has named what failed, and may have written for what waits behind it."""
+
+
 class Outcome(Generic[Item]):
-    """What became of a batch that was taken apart."""
+    """What became of the items of some calls."""
 
     def __init__(self) -> None:
         self.applied: list[Item] = []
@@ -190,6 +223,35 @@ class Outcome(Generic[Item]):
         self.untried: list[Item] = []
         """Not tried: they came after one that takes the transaction with it, and will be called alone."""
         self.blocked: set[bytes] = set()
+
+    def holds_back(self, item: Item, keys: Iterable[bytes]) -> bool:
+        """Put an item behind a failed one of its keys."""
+        if not self.blocked or self.blocked.isdisjoint(own := set(keys)):
+            return False
+        self.blocked |= own
+        self.behind.append(item)
+        return True
+
+    def fail(self, item: Item, keys: Iterable[bytes], failure: Failure) -> None:
+        """Note a failure, and what it holds back from now on."""
+        self.failed.append((item, failure))
+        if failure.holds_back:
+            self.blocked |= set(keys)
+
+    def settle(
+        self,
+        items: Sequence[Item],
+        keys: Callable[[Item], Iterable[bytes]],
+        failure: Callable[[Item], Failure | None],
+    ) -> None:
+        """Note what became of items, in their order, after a call that has not been undone."""
+        for item in items:
+            if self.holds_back(item, keys(item)):
+                continue
+            if (known := failure(item)) is None:
+                self.applied.append(item)
+            else:
+                self.fail(item, keys(item), known)
 
 
 @dataclass(frozen=True)
@@ -202,32 +264,44 @@ class Traits(Generic[Item]):
     """Which tells it from all others."""
     argument: Callable[[Item], object]
     """What the handler is given of it."""
+    attempt: Callable[[Item], int] = lambda _: 1
+    """Which attempt at it is being made."""
+
+
+@dataclass(frozen=True)
+class Calling(Generic[Item]):
+    """How items are called, and what follows from a failure."""
+
+    call: Callable[[Sequence[Item], Named[Failure] | None], Awaitable[None]]
+    naming: Callable[[Sequence[Item]], Named[Failure] | None]
+    """Gets what the handler says of single items; None where it can say nothing."""
+    judge: Callable[[Item, BaseException], Failure | None]
 
 
 class Isolation(Generic[Item]):
     """Applies a batch with savepoints, so that only the guilty fail.
 
     Where the items are called one by one, the guilty is known: those before it are applied again without it.
-    Where they are called together, the error may tell whom it is about: that one is called alone, and the
-    others without it. Else what fails is halved until the guilty stands alone.
+    Where they are called together, the handler may name them; or the error may tell whom it is about: that
+    one is called alone, and the others without it. Else what fails is halved until the guilty stands alone.
     """
 
     def __init__(
         self,
         session: AsyncSession,
         *,
-        call: Callable[[Sequence[Item]], Awaitable[None]],
+        calling: Calling[Item],
         traits: Traits[Item],
-        judge: Callable[[Item, BaseException], Failure | None],
         spoilers: Mapping[object, Failure],
         together: bool,
         singly: bool,
         odds: Odds,
     ) -> None:
         self._session = session
-        self._call = call
+        self._call = calling.call
+        self._naming = calling.naming
+        self._judge = calling.judge
         self._keys = traits.keys
-        self._judge = judge
         self._identity = traits.identity
         self._spoilers = spoilers
         self._odds = odds
@@ -240,6 +314,8 @@ class Isolation(Generic[Item]):
         self._reached: int | None = None
         """Which item of the segment is being called; None where nobody knows."""
         self._ended = False
+        self.named = 0
+        """How many the handler has named."""
         self.outcome: Outcome[Item] = Outcome()
 
     async def apply(self, items: Sequence[Item]) -> None:
@@ -250,14 +326,15 @@ class Isolation(Generic[Item]):
             TransactionSpoiltError: apply them again in a new transaction, with this spoiler known.
         """
         rest = list(items)
-        while rest := [item for item in rest if not self._holds_back(item)]:
+        holds_back, keys = self.outcome.holds_back, self._keys
+        while rest := [item for item in rest if not holds_back(item, keys(item))]:
             if self._ended:
                 self.outcome.untried += rest
                 return
             if (known := self._known(rest[0])) is not None:
                 # What comes after a spoiler may do the same, and all done so far would be undone once more.
                 self._ended = self._identity(rest[0]) in self._spoilers
-                self._fail(rest.pop(0), known)
+                self.outcome.fail(rest[0], keys(rest.pop(0)), known)
                 continue
             segment = self._segment(rest)
             rest = [*await self._try(segment), *rest[len(segment) :]]
@@ -271,39 +348,66 @@ class Isolation(Generic[Item]):
             return items[:1]
         most = (SEGMENT if self._singly else self._odds.segment(len(items))) if self._together else 1
         for n, item in enumerate(items[:most]):
-            if self._known(item) is not None or self._identity(item) in self._suspects:
+            identity = self._identity(item)
+            if identity in self._spoilers or (identity in self._suspects and identity not in self._guilty):
                 return items[:n]
         return items[:most]
 
-    async def _try(self, items: Sequence[Item]) -> Sequence[Item]:
+    async def _try(self, segment: Sequence[Item]) -> Sequence[Item]:
         """Apply items in one savepoint; return those that are to be tried again."""
+        items, left_out = self._without_guilty(segment)
+        named = self._naming(items)
         self._reached = None
         try:
-            await self._in_savepoint(items)
+            await self._in_savepoint(items, named)
+        except _OverrunError:
+            return self._named(items, named, segment)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is judged
-            return await self._after_failure(items, error)
-        self.outcome.applied += items
+            return [*await self._after_failure(items, error), *left_out]
+        self._named(items, named, segment)
+        self.outcome.settle(segment, self._keys, self._known)
         if self._identity(items[0]) in self._suspects:
-            self._odds.suspected(rightly=False)
+            self._odds.suspected(rightly=self._known(items[0]) is not None)
         return ()
 
-    def _holds_back(self, item: Item) -> bool:
-        """Put an item behind a failed one of its keys."""
-        if self.outcome.blocked.isdisjoint(keys := set(self._keys(item))):
-            return False
-        self.outcome.blocked |= keys
-        self.outcome.behind.append(item)
-        return True
+    def _named(
+        self, items: Sequence[Item], named: Named[Failure] | None, segment: Sequence[Item]
+    ) -> Sequence[Item]:
+        """Note whom the handler has named."""
+        if named is not None and named.failed:
+            self.named += len(named.failed)
+            self._guilty |= {self._identity(items[place]): one for place, one in named.failed.items()}
+        return segment
 
-    async def _in_savepoint(self, items: Sequence[Item]) -> None:
+    def _without_guilty(self, segment: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
+        """Leave out the guilty, and what comes after them of their keys."""
+        if not self._guilty:
+            return segment, ()
+        calls: list[Item] = []
+        left_out: list[Item] = []
+        held: set[bytes] = set()
+        for item in segment:
+            keys = set(self._keys(item))
+            failure = self._known(item)
+            if failure is None and held.isdisjoint(keys):
+                calls.append(item)
+                continue
+            left_out.append(item)
+            if failure is None or failure.holds_back:
+                held |= keys
+        return calls, left_out
+
+    async def _in_savepoint(self, items: Sequence[Item], named: Named[Failure] | None) -> None:
         async with self._session.begin_nested():
             if self._singly:
                 for n, item in enumerate(items):
                     self._reached = n
-                    await self._call([item])
+                    await self._call([item], None)
                 self._reached = None
             else:
-                await self._call(items)
+                await self._call(items, named)
+                if named is not None and named.overrun(len(items)):
+                    raise _OverrunError
             connection = await self._session.connection()
             # A deferred constraint would fail at COMMIT, when nobody knows whose fault it is.
             await connection.execute(_CHECK)
@@ -364,8 +468,3 @@ class Isolation(Generic[Item]):
         if not self._session.in_transaction() or not self._session.is_active:
             return False
         return not (await self._session.connection()).invalidated
-
-    def _fail(self, item: Item, failure: Failure) -> None:
-        self.outcome.failed.append((item, failure))
-        if failure.holds_back:
-            self.outcome.blocked |= set(self._keys(item))

@@ -59,6 +59,8 @@ class Odds:
         """
         if self._guilty < _FEW:
             return most
+        if self._guilty > self._items / 2:
+            return 1
         expected = 2.0 if self._right > self._wrong else 0.7
         return min(most, max(1, round(expected * self._items / self._guilty)))
 

@@ -115,11 +115,14 @@ class Turn:
     """Lanes whose rows are locked for what is parked: its own, and those taken along."""
     notes: Notes | None = None
     """Of a lane over which a worker has died: one call at a time, each noted."""
+    shared: bool = False
+    """Of several lanes: all of it is applied, or nothing."""
 
     @property
     def may_overtake(self) -> bool:
-        """What is applied may overtake dead letters: some exist, or this pass calls again or with care."""
-        return self.source.has_dead or self.careful or self.progress.retried
+        """What is applied may overtake dead letters: some exist, or this pass may have made some."""
+        progress = self.progress
+        return self.source.has_dead or self.careful or progress.retried or bool(progress.failures)
 
     def holds(self, lanes: tuple[int, ...], rows: int) -> None:
         """Count held rows of lanes."""

@@ -5,7 +5,7 @@ applying.py.
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from worker import held, parked, positions
 from worker.draining.applying import MOST_AT_ONCE, Applying, fate_of
@@ -66,26 +66,50 @@ class Retrying:
         And whether the pass is to end with them: True where more may be due, None where it goes on.
         """
         done: list[tuple[HeldRow, Failure | None]] = []
-        for n, row in enumerate(rows):
+        for n, some in enumerate(self._gathered(turn, rows)):
             if n and time.monotonic() > until:
                 return True, done
-            if (row.attempts > 0 or row.redriven) and not self._allowance.take():
-                # It stays due: for some at a time, not for each as soon as it may be called.
+            if any(row.attempts > 0 or row.redriven for row in some) and not self._allowance.take():
+                # They stay due: for some at a time, not for each as soon as it may be called.
                 turn.progress.due_in = min(ALLOWED_SECONDS, turn.progress.due_in)
                 return False, done
-            if not await self._others_taken(turn, row):
-                continue  # one of its lanes is being drained just now: it stays due
-            failure = spoiler = turn.spoilers.get(("held", row.id))
+            # One of whose lanes is being drained just now stays due.
+            free = [row for row in some if await self._others_taken(turn, row)]
+            if not free:
+                continue
+            failure = spoiler = turn.spoilers.get(("held", free[0].id))
             if failure is None and turn.notes is not None:
-                failure = verdict(turn.notes.deaths_of_row(row.id), self._applying.policy)
-            if failure is None:
+                failure = verdict(turn.notes.deaths_of_row(free[0].id), self._applying.policy)
+            if failure is not None:
+                done.append((free[0], failure))
+            else:
                 if turn.notes is not None:
-                    await turn.notes.begin_rows(row.id, row.id)
-                failure = await self._applying.again(turn, row)
-            done.append((row, failure))
+                    await turn.notes.begin_rows(free[0].id, free[0].id)
+                done += await self._applying.again(turn, free, self._allowance.spend)
             if spoiler is not None:
                 return True, done
         return None, done
+
+    def _gathered(self, turn: Turn, rows: Sequence[HeldRow]) -> Iterator[Sequence[HeldRow]]:
+        """Cut rows into what is called together: for a handler of lists as many as it may be given."""
+        handler = self._applying.handler
+        most = handler.batch or MOST_AT_ONCE if handler.wants_list and turn.notes is None else 1
+        some: list[HeldRow] = []
+        positions_of: set[object] = set()
+        for row in rows:
+            # Positions come again after a restore, and by them changes are told apart.
+            same = row.kept.position in positions_of and row.kept.source != "key"
+            alone = not row.kept.keys or ("held", row.id) in turn.spoilers
+            if some and (same or alone or len(some) >= most):
+                yield some
+                some, positions_of = [], set()
+            some.append(row)
+            positions_of.add(row.kept.position)
+            if alone:
+                yield some
+                some, positions_of = [], set()
+        if some:
+            yield some
 
     async def _others_taken(self, turn: Turn, row: HeldRow) -> bool:
         others = row.kept.lanes[1:]

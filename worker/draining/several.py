@@ -67,7 +67,17 @@ class Several:
             if source.generation is None or not source.same_server or source.paused:
                 return shared
             first = Lane(self._handler, min(rows))
-            turn = Turn(session, first, _FREE, source, shared.progress, False, True, {})  # noqa: FBT003 - without care, together
+            turn = Turn(
+                session,
+                first,
+                _FREE,
+                source,
+                shared.progress,
+                careful=False,
+                together=True,
+                spoilers={},
+                shared=True,
+            )
             heads = await self._heads(turn, rows, news, most)
             if not heads:
                 return shared

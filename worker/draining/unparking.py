@@ -20,6 +20,7 @@ from worker.draining.passes import Turn
 from worker.draining.retrying import Retrying
 from worker.held import HeldRow
 from worker.lanes import Lane
+from worker.naming import Named
 from worker.overtaking import Applied
 from worker.parked import Before, Wall
 from worker.positions import LaneRow
@@ -232,21 +233,14 @@ class Unparking:
             turn.progress.parked[row.kept.lanes[0]] -= 1
 
     async def _apply(self, turn: Turn, free: Sequence[HeldRow]) -> None:
-        if not turn.careful:
+        if turn.careful:
+            items = await self._readable(turn, free)
+        else:
             try:
                 items = await self._decoded(turn, free)
             except Exception as error:
                 raise self._applying.trouble(error) from error
-            await self._applying.whole(self._call(turn), items)
-            await self._applied(turn, free)
-            return
-        items = await self._readable(turn, free)
-        outcome = await self._applying.apart(
-            turn,
-            self._call(turn),
-            items,
-            _TRAITS,
-        )
+        outcome = await self._applying.called(turn, self._call(turn), items, _TRAITS)
         await self._applied(turn, [one.row for one in outcome.applied])
         await self._failed(turn, [(one.row, failure) for one, failure in outcome.failed])
         # Those not tried yet stay parked.
@@ -322,11 +316,11 @@ class Unparking:
     def _call(self, turn: Turn) -> Call[_Unparked]:
         keys, changes = self._applying.keys_call(turn), self._applying.changes_call(turn)
 
-        async def call(items: Sequence[_Unparked]) -> None:
+        async def call(items: Sequence[_Unparked], named: Named[Failure] | None) -> None:
             if self._derives:
-                await keys([one.item for one in items if isinstance(one.item, KeyItem)])
+                await keys([one.item for one in items if isinstance(one.item, KeyItem)], named)
             else:
-                await changes([one.item for one in items if isinstance(one.item, Item)])
+                await changes([one.item for one in items if isinstance(one.item, Item)], named)
 
         return call
 

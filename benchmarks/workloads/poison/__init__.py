@@ -4,7 +4,7 @@ Each module is served alone, as HANDLERS. A row in `derived_mended` mends all of
 backlog is the clean run too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final
 
 from sqlalchemy import text
@@ -38,18 +38,30 @@ class PoisonError(Exception):
     """An order cannot be copied until the handler is mended."""
 
 
-async def look_at(order: Order, session: AsyncSession) -> Order:
+async def is_mended(session: AsyncSession) -> bool:
+    """Tell whether the handler is mended."""
+    return bool((await session.execute(_MENDED)).scalar_one())
+
+
+def judge(order: Order, *, mended: bool) -> Order:
     """Look at an order before it is copied.
 
     Raises:
         PoisonError: it is poison, and the handler is not mended.
     """
-    if order[2] == POISON and not (await session.execute(_MENDED)).scalar_one():
+    if order[2] == POISON and not mended:
         raise PoisonError("an order is poison")
     return order
 
 
-async def copy(session: AsyncSession, orders: Iterable[Order]) -> None:
+async def look_at(order: Order, session: AsyncSession) -> Order:
+    """Do so, and ask only then whether the handler is mended."""
+    return judge(order, mended=order[2] != POISON or await is_mended(session))
+
+
+async def copy(session: AsyncSession, orders: Sequence[Order]) -> None:
     """Copy orders."""
+    if not orders:
+        return
     ids, customers, _, again = (list(column) for column in zip(*orders, strict=True))
     await session.execute(_COPY, {"ids": ids, "customers": customers, "again": again})
