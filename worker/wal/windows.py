@@ -40,7 +40,8 @@ _BRIEF_BYTES: Final = 256 << 10
 """Log to decode at one look, up to which one statement is tried."""
 _PORTION_BYTES: Final = 2 << 20
 _PORTION_ROWS: Final = 512
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
+"""Between looks; the longest comes after five quiet seconds. Realtime's bell cuts it short."""
 _GROWTH: Final = 1.25
 
 _FLUSHED: Final = text(
