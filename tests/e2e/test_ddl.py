@@ -24,20 +24,22 @@ class Shop:
     def __init__(self, made: Project) -> None:
         self.made = made
         self.db = made.db
-        self.seen = 0
+        self.seen: list[int] = []
 
     async def run(self, statement: str) -> None:
         await self.db.execute(statement)
 
     async def next(self) -> tuple[str, str, str, dict[str, Any]]:
         """Wait for the next change that the handler was given."""
-        self.seen += 1
-        await self.made.until(f"select count(*) >= {self.seen} from derived_seen", value=True)
-        row = await self.db.fetchrow(
-            "select source, type, key, record from derived_seen order by seq offset $1 limit 1", self.seen - 1
+        await self.made.until(f"select count(*) > {len(self.seen)} from derived_seen", value=True)
+        # Not by how many there were: of two lanes, the one that took the lower number may commit later.
+        source, kind, key, told, number = await self.db.fetchrow(
+            "select source, type, key, record, seq from derived_seen"
+            " where seq <> all($1) order by seq limit 1",
+            self.seen,
         )
-        record = {name: value for name, (_, value) in json.loads(row[3]).items()}
-        return row[0], row[1], row[2], record
+        self.seen.append(number)
+        return source, kind, key, {name: value for name, (_, value) in json.loads(told).items()}
 
     async def settled(self) -> None:
         await self.made.until(DIFFERENCES, 0)
