@@ -1,9 +1,10 @@
-"""Backfill: giving derive handlers the keys of rows that exist, to close a gap.
+"""Backfill: giving handlers the rows that exist; derive handlers their keys, to close a gap.
 
 Reads a table by primary key, page by page, and puts the keys of its rows into the same lanes as live changes;
-their handlers recompute from current state, so no order is owed. Live changes go first: what is under way at
+derive handlers recompute from current state, so no order is owed. Live changes go first: what is under way at
 a time is bounded, and waits while the lanes are busy. A restart goes on behind the last row whose key all
-lanes have passed; what Redis has lost of later ones is read again.
+lanes have passed; what Redis has lost of later ones is read again. Change handlers are owed an order: their
+rows go through the log (paging.py), where there is one.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from worker.catalogue import Catalogue, Table, quote
 from worker.database import singly
 from worker.kept_keys import PAGE, KeyColumn, kept_keys, lane_keys, print_as_the_log
 from worker.lease import limited
+from worker.paging import CannotPageError, Giving, Pace, Pages, Rows, StoppedError, escaped
 from worker.registry import Handler
 from worker.values import Form
 from worker.values.database import is_data_error
@@ -55,7 +57,8 @@ _PROGRESS = limited(
     " keys = keys + :keys where id = :id and state = 'running' returning rate,"
 )
 _DONE = limited(
-    "update tailrace.backfills set state = 'done', cursor = null, done_at = clock_timestamp()"
+    "update tailrace.backfills set state = 'done', cursor = null, passed = null,"
+    " done_at = clock_timestamp()"
     " where id = :id and state = 'running' returning"
 )
 # A gap is closed when every handler of its tables computes from what is there, and has been given all keys.
@@ -70,17 +73,13 @@ _CLOSE = text(
 _READ_ONLY = text("set transaction read only")
 
 
-class _CancelledError(Exception):
-    """A person does not want it any more."""
-
-
 class _Asked(NamedTuple):
     id: int
     handler: str
     schema: str
     table: str
     phase: str
-    cursor: list[str] | None
+    cursor: Any
     condition: str | None
     rate: int | None
 
@@ -97,8 +96,10 @@ class Backfills:
         until_passed: Callable[[Handler], Awaitable[None]],
         *,
         form: Form = "json",
+        pages: Pages | None = None,
     ) -> None:
         self._form = form
+        self._pages = pages
         self._impossible: dict[int, float] = {}
         self._told: set[int] = set()
         self._version = catalogue.version
@@ -133,7 +134,7 @@ class Backfills:
             self._under_way.add(asked.id)
         try:
             await self._carry_out(asked)
-        except _CancelledError:
+        except StoppedError:
             log.info("backfill cancelled", handler=asked.handler, table=f"{asked.schema}.{asked.table}")
         finally:
             self._under_way.discard(asked.id)
@@ -180,6 +181,8 @@ class Backfills:
         table = self._catalogue.tables.get((asked.schema, asked.table))
         if table is None:
             return "there is no such table"
+        if handler.kind == "change":
+            return await self._give(handler, asked, table)
         columns = _key_columns(handler, asked, table)
         gone = [name for name in columns if name not in table.columns]
         if gone or not table.primary_key:
@@ -190,7 +193,33 @@ class Backfills:
             # Altered while we read: its new shape is known in a moment, and then it is tried again.
             if not is_data_error(error):
                 raise
-            return f"it could not be read ({type(getattr(error, 'orig', error)).__name__})"
+            return _unreadable(error)
+        return None
+
+    async def _give(self, handler: Handler, asked: _Asked, table: Table) -> str | None:
+        """Give a change handler the rows; returns why that cannot be done, in words, or None."""
+        if self._pages is None:
+            return "in plain delivery the rows have no place among live changes: WORKER_DELIVERY=proven"
+        if not table.primary_key:
+            return "the table has no primary key"
+        followed = [
+            one for one in handler.subscriptions if (one.schema, one.table) == (asked.schema, asked.table)
+        ]
+        if not any("INSERT" in one.types for one in followed):
+            return "its types= has no INSERT, and rows come as INSERTs"
+        name = f"{asked.schema}.{asked.table}"
+        log.info("backfill begins", handler=handler.name, table=name)
+        rows = Rows(asked.id, handler.name, table, asked.condition)
+        giving = Giving(self._pages, rows, partial(self._until_passed, handler))
+        try:
+            await giving.run(asked.cursor)
+        except CannotPageError as reason:
+            return str(reason)
+        except Exception as error:
+            if not is_data_error(error):
+                raise
+            return _unreadable(error)
+        log.info("backfill done", handler=handler.name, table=name, keys=giving.rows)
         return None
 
     async def _run(self, handler: Handler, asked: _Asked, table: Table, columns: Sequence[str]) -> None:
@@ -235,8 +264,8 @@ class Backfills:
         ways = self._key_columns(table, columns)
         selected += [way.shown(quote(name)) for name, way in zip(columns, ways, strict=True)]
         select = f"select {', '.join(selected)} from {table.sql_name}"  # noqa: S608 - quoted identifiers
-        cursor = asked.cursor
-        if cursor is not None and len(cursor) != len(primary):
+        cursor: list[str] | None = asked.cursor
+        if not isinstance(cursor, list) or len(cursor) != len(primary):
             cursor = None  # of another primary key, before the table was altered
         read = partial(self._page, select, order, marks, ways, asked.condition)
         note = partial(self._note, asked, "rows")
@@ -271,7 +300,7 @@ class Backfills:
         limit: int,
     ) -> Sequence[Any]:
         where = [f"({order}) > ({marks})"] if after else []
-        where += [] if condition is None else [escaped(condition)]
+        where += [] if condition is None else [f"({escaped(condition)})"]
         limited = f" where {' and '.join(where)}" if where else ""
         async with self._engine.connect() as connection:
             await connection.execute(_READ_ONLY)
@@ -306,7 +335,7 @@ class Backfills:
         async with self._engine.begin() as connection:
             found = (await connection.execute(_PROGRESS, at)).one_or_none()
         if found is None:
-            raise _CancelledError
+            raise StoppedError
         rate: int | None = found[0]
         return rate
 
@@ -354,11 +383,11 @@ class _UnderWay:
         self.rate = await self._note(cursor, rows, keys)
 
 
-class _Pace:
+class _Pace(Pace):
     """Keeps a rate, and stretches short in time, so that what people want is heard of soon."""
 
     def __init__(self) -> None:
-        self._next = time.monotonic()
+        super().__init__()
         self._pages = 0
         self._began = 0.0
 
@@ -369,16 +398,12 @@ class _Pace:
         return self._pages == STRETCH or time.monotonic() - self._began > STRETCH_SECONDS
 
     async def keep(self, rows: int, rate: int | None) -> None:
-        """Wait after so many rows; what took long by itself is not made up for."""
         self._pages += 1
-        if rate is not None:
-            self._next = max(self._next + rows / rate, time.monotonic())
-            await asyncio.sleep(self._next - time.monotonic())
+        await super().keep(rows, rate)
 
 
-def escaped(condition: str) -> str:
-    """Make a person's condition a part of a statement: what looks like a parameter is none."""
-    return "(" + condition.replace(":", "\\:") + ")"
+def _unreadable(error: Exception) -> str:
+    return f"it could not be read ({type(getattr(error, 'orig', error)).__name__})"
 
 
 def _key_columns(handler: Handler, asked: _Asked, table: Table | None) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.asked import Operator
-from worker.backfill import escaped
 from worker.catalogue import quote
 from worker.database import is_away
 from worker.errors import Refused, Unknown
+from worker.paging import escaped
 
 SHOWN = 50
 
@@ -26,6 +26,7 @@ _HANDLERS = text(
     "select name, kind from tailrace.handlers where state = 'active' and :table = any(tables)"
     " and (cast(:handler as text) is null or name = :handler) order by name"
 )
+_DELIVERY = text("select delivery from tailrace.source")
 _LIST = text(
     f"select {_COLUMNS}"  # noqa: S608 - the names above
     " from tailrace.backfills where cast(:ids as bigint[]) is null or id = any(:ids)"
@@ -83,7 +84,10 @@ class Wanted(NamedTuple):
 
 
 async def ask(engine: AsyncEngine, operator: Operator, wanted: Wanted) -> list[dict[str, Any]]:
-    """Ask for a backfill of a table: one for each derive handler that is meant.
+    """Ask for a backfill of a table: one for each handler that is meant.
+
+    Those are all derive handlers of the table, or the handler that is named. Rows are given to a change
+    handler only by name: what it does for an INSERT it would do for all of them.
 
     Raises:
         Refused: nobody computes from the table, the condition makes no sense, or one is under way.
@@ -158,12 +162,21 @@ async def _handlers(connection: AsyncConnection, wanted: Wanted) -> list[str]:
     if derives:
         return derives
     if wanted.handler is not None and found:
+        if (await connection.execute(_DELIVERY)).scalar_one_or_none() != "proven":
+            raise Refused(
+                f"{wanted.handler} is a change handler: in plain delivery rows that are there have no place"
+                " among live changes, and would come out of order; proven delivery gives them one"
+                " (WORKER_DELIVERY=proven), and derive handlers need none"
+            )
+        return [wanted.handler]
+    if found:
+        names = ", ".join(name for name, _ in found)
         raise Refused(
-            f"{wanted.handler} is a change handler: rows that are there tell no changes, and among live ones"
-            " they would come out of order; only derive handlers can be backfilled"
+            f"only change handlers follow {wanted.name}: {names}. Each row comes to them as an INSERT;"
+            " name the one that is to have them (--handler)"
         )
-    whose = f"handler {wanted.handler}" if wanted.handler else "derive handler"
-    raise Refused(f"no active {whose} computes from {wanted.name}; `python -m worker handlers` lists them")
+    nobody = f"handler {wanted.handler} follows" if wanted.handler else "handler follows"
+    raise Refused(f"no active {nobody} {wanted.name}; `python -m worker handlers` lists them")
 
 
 async def _try_condition(connection: AsyncConnection, wanted: Wanted) -> None:
@@ -173,7 +186,7 @@ async def _try_condition(connection: AsyncConnection, wanted: Wanted) -> None:
     name = f"{quote(wanted.schema)}.{quote(wanted.table)}"
     try:
         async with connection.begin_nested():
-            await connection.execute(text(f"explain select from {name} where {escaped(wanted.condition)}"))
+            await connection.execute(text(f"explain select from {name} where ({escaped(wanted.condition)})"))
     except DBAPIError as error:
         if is_away(error):
             raise

@@ -18,6 +18,7 @@ from worker.instances import detached
 from worker.raw import (
     ChangeType,
     Column,
+    Given,
     LogChange,
     LogValue,
     Position,
@@ -37,6 +38,7 @@ __all__ = [
     "ChangeType",
     "Column",
     "Context",
+    "Given",
     "LogChange",
     "LogValue",
     "Position",
@@ -123,7 +125,8 @@ class Change(msgspec.Struct, Generic[RowT], frozen=True, kw_only=True):
         old_record: the old row as far as the replica identity carries it; None for INSERT and TRUNCATE.
         key: values of the primary key, in its order; empty where the change does not carry it (TRUNCATE).
         commit_timestamp: when its transaction committed, in milliseconds; equal for all of its changes.
-        source: where it comes from.
+        source: where it comes from; of a `backfill`, the row was there and comes as an INSERT, as it was when
+            its page was read.
         attempt: which run of the handler this is, from 1.
         repaired: columns of `record` that were read again from the database, so as they are now.
         missing: columns of the row whose values are not to be had: asking `record` for one (for DELETE,

@@ -250,12 +250,12 @@ class Operations:
         condition: str | None = None,
         rate: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Have the rows that are there given to derive handlers.
+        """Have the rows that are there given to handlers.
 
         Args:
             operator: who wants it.
             table: `schema.table`, or of public.
-            handler: one of them; all by default.
+            handler: whose; by default all derive handlers of the table.
             condition: SQL, for some rows alone. Never from a stranger.
             rate: rows a second, at most.
 

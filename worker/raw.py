@@ -159,6 +159,20 @@ def encode_columns(columns: Sequence[Column]) -> bytes:
     return msgspec.msgpack.encode(written)
 
 
+class Given(NamedTuple):
+    """By what right a row that was not changed comes through the log.
+
+    Attributes:
+        backfill: its id.
+        secret: what the row of the backfill says, too.
+        handler: the only one that is given the row.
+    """
+
+    backfill: int
+    secret: str
+    handler: str
+
+
 # A value of the write-ahead log: Postgres's text, None for NULL, False for what the log does not carry.
 LogValue = bytes | bool | None
 
@@ -180,6 +194,7 @@ class LogChange(msgspec.Struct, frozen=True, array_like=True, gc=False):
         lsn: of the commit.
         ordinal: within the transaction.
         table_oid: pg_class.oid of the table, which outlives its name; 0 where it was written before this was.
+        backfill: id of the backfill that read the row, which nobody had changed; else 0.
     """
 
     schema: str
@@ -193,6 +208,7 @@ class LogChange(msgspec.Struct, frozen=True, array_like=True, gc=False):
     lsn: int
     ordinal: int
     table_oid: int = 0
+    backfill: int = 0
 
 
 decode_log: Final = msgspec.msgpack.Decoder(LogChange).decode
@@ -242,6 +258,8 @@ class RawChange(msgspec.Struct, frozen=True, gc=False):
         xid: transaction that wrote it, 32 bits, without its epoch; None where the source does not say.
         position: where it stands in the log; None where the source does not say.
         table_oid: pg_class.oid of the table; 0 where the source does not say.
+        backfill: id of the backfill that read the row; 0 of what was changed.
+        given: by what right it comes, as long as that is not examined; None of what was changed.
     """
 
     source: RawSource
@@ -257,9 +275,13 @@ class RawChange(msgspec.Struct, frozen=True, gc=False):
     xid: int | None = None
     position: Position | None = None
     table_oid: int = 0
+    backfill: int = 0
+    given: Given | None = None
 
     @classmethod
-    def of_log(cls, log: LogChange, payload: bytes | None = None) -> "RawChange":
+    def of_log(
+        cls, log: LogChange, payload: bytes | None = None, *, given: Given | None = None
+    ) -> "RawChange":
         """Make a change of the write-ahead log; `payload` is what it was read from, if it was."""
         columns, names = columns_of_log(log.columns)
         return cls(
@@ -276,6 +298,8 @@ class RawChange(msgspec.Struct, frozen=True, gc=False):
             log.xid,
             Position(log.lsn, log.ordinal),
             log.table_oid,
+            log.backfill,
+            given,
         )
 
     @classmethod

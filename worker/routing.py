@@ -36,7 +36,10 @@ class Routed(NamedTuple):
 
 @dataclass(slots=True)
 class Routes:
-    """Where one change goes. Each handler of the change's table is in exactly one of the three lists."""
+    """Where one change goes. Each handler of the change's table is in exactly one of the three lists.
+
+    A row of a backfill concerns one handler alone.
+    """
 
     matched: list[Routed] = field(default_factory=list)
     filtered: list[Handler] = field(default_factory=list)
@@ -81,6 +84,8 @@ class Router:
                 self._elsewhere(raw, routes)
             return routes
         for plan in followed.plans(raw.columns):
+            if raw.given is not None and plan.name != raw.given.handler:
+                continue
             try:
                 routed = plan.truncated() if raw.type == "TRUNCATE" else plan.routed(raw)
             except UnroutableError as reason:

@@ -24,6 +24,7 @@ from worker.catalogue import Catalogue
 from worker.change import Position, RawChange
 from worker.database import explain, make_engine
 from worker.lanes import Lane, Lanes, Read
+from worker.paging import Givers
 from worker.queue import connection_pool
 from worker.registry import Handler
 from worker.routing import Router
@@ -221,11 +222,14 @@ class _Verification:
             self._engine, slot=slot, publication=self._settings.publication, names=TypeNames(self._engine)
         )
         routed: dict[Lane, set[Position]] = defaultdict(set)
+        givers = Givers(self._engine)
         changes = 0
         if start < end:
             async with aclosing(reader.read()) as batches:  # type: ignore[type-var] # an async generator
                 async for batch in batches:
                     for position, raw in batch.changes:
+                        if raw.given is not None and not await givers.have_given(raw.given):
+                            continue
                         changes += self._route(router, position, raw, routed)
                     if self._progress is not None:
                         self._progress(min(batch.read_to, end) - start, end - start)

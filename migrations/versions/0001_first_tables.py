@@ -193,6 +193,8 @@ create table tailrace.backfills (
   rate        integer check (rate > 0),
   phase       text not null default 'rows' check (phase in ('rows', 'kept')),
   cursor      jsonb,
+  passed      jsonb,
+  secret      text not null default replace(gen_random_uuid()::text, '-', ''),
   rows        bigint not null default 0,
   keys        bigint not null default 0,
   estimated   bigint,
@@ -201,7 +203,12 @@ create table tailrace.backfills (
   done_at     timestamptz
 );
 comment on column tailrace.backfills.cursor is
-  'primary key of the last row whose key every lane has passed: where a restart goes on';
+  'where a restart goes on: primary key of the last row whose key every lane has passed; of a change handler,'
+  ' up to where the rows are in the log';
+comment on column tailrace.backfills.passed is
+  'of a change handler: the cursor up to which every lane has passed the rows';
+comment on column tailrace.backfills.secret is
+  'by which the listener knows rows in the log as written by this backfill';
 comment on column tailrace.backfills.asked_by is 'a person; null where a gap has asked';
 create unique index backfills_waiting on tailrace.backfills (handler, schema_name, table_name)
   where state = 'waiting' and condition is null;

@@ -100,9 +100,8 @@ async def test_some_rows_alone_and_one_that_is_cancelled_and_goes_on(shop: Proje
 async def test_what_makes_no_sense_is_refused_in_one_line(shop: Project) -> None:
     await listening(shop)
     for options, code, words in (
-        (["nowhere"], 1, "no active derive handler computes from public.nowhere"),
-        (["orders", "--handler", "log"], 1, "log is a change handler"),
-        (["orders", "--handler", "nobody"], 1, "no active handler nobody computes from public.orders"),
+        (["nowhere"], 1, "no active handler follows public.nowhere"),
+        (["orders", "--handler", "nobody"], 1, "no active handler nobody follows public.orders"),
         (["orders", "--where", "custmer_id = 1"], 1, 'column "custmer_id" does not exist'),
         (["orders", "--where", "1 = 1; drop table orders"], 1, "--where is no condition on public.orders"),
         (["orders", "--resume"], 1, "no backfill of orders is waiting, running or cancelled"),

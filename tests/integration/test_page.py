@@ -577,6 +577,7 @@ async def test_backfills_are_started_stopped_and_resumed_by_keyboard(page: Page)
         await page.press("Enter")
         await page.until(DIALOG)
         await page.press("ArrowDown")
+        await page.press("ArrowDown")
         await page.tab_to("INPUT")
         await page.write("500")
         await page.press("Enter")
@@ -592,7 +593,20 @@ async def test_backfills_are_started_stopped_and_resumed_by_keyboard(page: Page)
         await page.until(DIALOG)
         await page.press("Enter")
         await page.until(f"!{DIALOG}")
-    assert desk.decided == [("backfill", "public.orders2", None, 500), ("cancel", 1), ("go on", 1, None)]
+        # Of a table that only a change handler follows, that one is named.
+        await page.tab_to("new-backfill")
+        await page.press("Enter")
+        await page.until(DIALOG)
+        await page.press("ArrowDown")
+        await page.tab_to("INPUT")
+        await page.press("Enter")
+        await page.until(f"!{DIALOG}")
+    assert desk.decided == [
+        ("backfill", "public.orders2", None, 500),
+        ("cancel", 1),
+        ("go on", 1, None),
+        ("backfill", "public.orders1", "shop.handlers.totals1", None),
+    ]
 
 
 @in_a_browser

@@ -235,7 +235,7 @@ def backfill(  # noqa: PLR0913 - the options of a command
         str | None,
         typer.Option(
             "--handler",
-            help="For this derive handler; all of the table by default.",
+            help="For this handler; by default all derive handlers of the table.",
             autocompletion=completing.handlers,
         ),
     ] = None,
@@ -253,7 +253,10 @@ def backfill(  # noqa: PLR0913 - the options of a command
     by: By = None,
     as_json: Json = False,
 ) -> None:
-    """Give the rows that are there to derive handlers, beside live changes; without TABLE, list backfills.
+    """Give the rows that are there to handlers, beside live changes; without TABLE, list backfills.
+
+    Derive handlers are given the keys of the rows; a change handler, which
+    must be named, the rows as INSERTs, in proven delivery.
 
     The listener carries it out, page by page; after a restart it goes on
     where it was. Live changes go first.

@@ -95,6 +95,7 @@ MANUAL: Final[Mapping[str, Manual]] = {
             Example(
                 "to one of them, at most 500 rows a second", "backfill orders --handler totals --rate 500"
             ),
+            Example("all rows to a change handler, as INSERTs", "backfill orders --handler copy"),
             Example("only some rows", "backfill shop.orders --where \"created_at >= '2026-01-01'\""),
             Example(
                 "follow the one that is under way, or have a cancelled one go on", "backfill orders --resume"

@@ -18,8 +18,9 @@ from sqlalchemy import text
 
 from worker import following, gaps, lease
 from worker.backfill import Backfills
-from worker.change import Position, RawChange
+from worker.change import Given, Position, RawChange
 from worker.lanes import Backlog, LeaseLostError
+from worker.paging import Givers, Pages
 from worker.pulse import beat
 from worker.reading.ground import CANARY, Ground
 from worker.reading.journal import Journal
@@ -61,6 +62,7 @@ class Intake:
             settings.max_backlog, settings.max_backlog_bytes, settings.lane_backlog, len(ground.handlers)
         )
         self._noted = self._taken = noted
+        self._givers = Givers(ground.engine)
         self._owed: dict[tuple[str, tuple[str, str]], Gap] = {}
         self._changes = LOOK_CHANGES
         self._bytes = 0
@@ -72,6 +74,10 @@ class Intake:
         await self._journal.flush()
         await self._ground.in_postgres(lambda: self._ground.schema.read_after(raw.xid))
         self._router.acquaint(raw)
+
+    async def is_given(self, given: Given) -> bool:
+        """Tell whether a row was written into the log by the backfill that it names."""
+        return await self._ground.in_postgres(lambda: self._givers.have_given(given))
 
     def take(self, raw: RawChange, at: float) -> int:
         """Take in a change; returns for how many handlers it was written down."""
@@ -166,8 +172,13 @@ class Intake:
         """Count what is under way, and have the lanes parked that lag too far behind."""
         return await self._journal.park(lambda backlogs, tops: to_park(backlogs, tops, self._bounds))
 
-    def backfills(self, form: Literal["json", "text"]) -> Backfills:
-        """Make the backfills whose keys go into the same lanes; `form` is how the source writes values."""
+    def backfills(self, form: Literal["json", "text"], pages: Pages | None = None) -> Backfills:
+        """Make the backfills whose keys go into the same lanes.
+
+        Args:
+            form: how the source writes values.
+            pages: where change handlers have their rows written, if the source brings them from there.
+        """
         ground = self._ground
         return Backfills(
             ground.engine,
@@ -176,12 +187,16 @@ class Intake:
             self.put_keys,
             self._journal.until_passed,
             form=form,
+            pages=pages,
         )
 
     async def put_keys(self, handler: Handler, keys: Sequence[bytes]) -> None:
         """Write a backfill's keys; live changes go first."""
-        if not keys:
-            return
+        if keys:
+            await self.until_quiet()
+            await self._journal.put_keys(handler, keys)
+
+    async def until_quiet(self) -> None:
+        """Wait while live changes fill the lanes."""
         while (await self._journal.backlog()).entries > self._ground.settings.max_backlog // 2:  # noqa: ASYNC110 - Redis sends no event
             await asyncio.sleep(FULL_SECONDS)
-        await self._journal.put_keys(handler, keys)

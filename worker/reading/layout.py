@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from worker import gaps
 from worker.change import Position
+from worker.paging import rewind
 from worker.registry import Handler
 
 log = structlog.get_logger(__name__)
@@ -82,6 +83,7 @@ async def agree(
         if since is not None:
             where = {"name": handler.name, "lsn": present.lsn, "ordinal": present.ordinal}
             await connection.execute(_FORWARD, where)
+            await rewind(connection, handler.name)
             cause = f"handler {handler.name} was not loaded"
             await gaps.record(connection, cause=cause, tables=tables, since=since)
     return lanes

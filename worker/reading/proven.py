@@ -21,6 +21,7 @@ from worker.backfill import Backfills
 from worker.change import Position
 from worker.database import singly
 from worker.lane_writer import LaneWriter
+from worker.paging import Pages
 from worker.reading import foothold, layout, reached, record
 from worker.reading.doorbell import Doorbell
 from worker.reading.ground import CANARY, Ground, backfill
@@ -177,7 +178,14 @@ class ProvenReading:
             traces=ground.traces,
         )
         self._intake = Intake(ground, self.journal, self.lanes, self._token, noted)
-        self._backfills = self._intake.backfills("text")
+        pages = Pages(
+            ground.engine,
+            ground.settings.publication,
+            read_to=lambda: self._read_to,
+            wake=self._ring,
+            until_quiet=self._intake.until_quiet,
+        )
+        self._backfills = self._intake.backfills("text", pages)
 
     async def _gaps_of_start(
         self,
@@ -234,7 +242,10 @@ class ProvenReading:
         staged = 0
         for position, raw in batch.changes:
             journal.inside(position)
-            doorbell.logged(raw)
+            if raw.given is None:
+                doorbell.logged(raw)
+            elif not await intake.is_given(raw.given):
+                continue
             if (raw.schema, raw.table) != CANARY:
                 self._busy = True
                 if intake.is_strange(raw):

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from worker.change import Position
 from worker.lanes import LeaseLostError
 from worker.lease import limited
+from worker.paging import rewind
 from worker.wal.publication import Fingerprint
 from worker.wal.slot import Recorded, Server
 
@@ -133,6 +134,7 @@ async def restart_at(connection: AsyncConnection, lsn: int, *, anew: bool = Fals
     """
     await connection.execute(_FORWARD, {"lsn": lsn, "anew": anew})
     await connection.execute(_NOTED, {"lsn": lsn})
+    await rewind(connection)
     if new_history:
         await connection.execute(_HISTORY)
 

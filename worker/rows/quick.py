@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from worker.catalogue import Catalogue, Table
-from worker.change import Change, LogChange, Position, Record
+from worker.change import Change, ChangeSource, LogChange, Position, Record
 from worker.raw import Outline, columns_of_log, columns_of_payload, decode_log, moment_of, outline
 from worker.rows.repair import absent_from_old
 from worker.rows.shape import Shape, shape_of
@@ -101,7 +101,7 @@ class Quick:
                     return None
         at = data.commit_timestamp
         moment = None if at is None else dt.datetime.fromisoformat(at)
-        return self._made(reader, position, data, new, old, moment)
+        return self._made(reader, position, data, new, old, moment, reader.source)
 
     def _of_log(self, position: Position, log: LogChange) -> Change | None:
         key: Key = ("wal", log.schema, log.table, log.columns)
@@ -117,7 +117,8 @@ class Quick:
             new = reader.row(log.record)
         if log.old_record is not None:
             old = reader.row(log.old_record)
-        return self._made(reader, position, log, new, old, moment_of(log.committed))
+        source: ChangeSource = "backfill" if log.backfill else reader.source
+        return self._made(reader, position, log, new, old, moment_of(log.committed), source)
 
     def _made(
         self,
@@ -127,6 +128,7 @@ class Quick:
         new: dict[str, Value] | None,
         old: dict[str, Value] | None,
         moment: dt.datetime | None,
+        source: ChangeSource,
     ) -> Change:
         missing = _NOTHING
         record = old_record = None
@@ -146,7 +148,7 @@ class Quick:
             old_record=old_record,
             key=reader.shape.key_of(old if new is None else new),
             commit_timestamp=moment,
-            source=reader.source,
+            source=source,
             missing=missing,
             model=self._model,
         )

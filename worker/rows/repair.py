@@ -126,7 +126,7 @@ def _change(  # noqa: PLR0913 - the parts of a change
         old_record=old,
         key=shape.key_of(old if new is None else new),
         commit_timestamp=_moment(raw.commit_timestamp),
-        source=raw.source,
+        source="backfill" if raw.backfill else raw.source,
         attempt=attempt,
         repaired=repaired,
         missing=missing,

@@ -12,6 +12,7 @@ from typing import ClassVar, Final, Literal, NamedTuple, TypeAlias
 
 from worker.change import LogValue
 from worker.errors import MalformedChange
+from worker.wal.page import ROW
 
 ABSENT: Final = False
 """Stands for a value that the log does not carry: unchanged TOAST, or no part of the replica identity."""
@@ -104,12 +105,14 @@ class Origin(NamedTuple):
 
 
 class LogicalMessage(NamedTuple):
-    """What pg_logical_emit_message wrote; comes only if it is asked for."""
+    """What pg_logical_emit_message wrote."""
 
     transactional: bool
     lsn: int
     prefix: str
     content: bytes
+    ordinal: int | None = None
+    """Of a row of a backfill, which counts as an insert does; see page.py."""
 
 
 Message: TypeAlias = Begin | Commit | Relation | TypeName | RowChange | Truncate | Origin | LogicalMessage
@@ -253,7 +256,9 @@ class Decoder:
         content = data[at + 4 : at + 4 + length]
         if len(content) != length:
             raise ValueError
-        return LogicalMessage(bool(flags & 1), lsn, prefix, content)
+        transactional = bool(flags & 1)
+        ordinal = self._take(1) if transactional and prefix == ROW else None
+        return LogicalMessage(transactional, lsn, prefix, content, ordinal)
 
     def _relation_of(self, data: bytes) -> Relation:
         return self._relations[_INT32.unpack_from(data, 1)[0]]

@@ -8,9 +8,21 @@ the canary. Memory is bounded by whoever takes batches before a transaction is c
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from worker.change import ChangeType, Column, LogChange, Position, RawChange, encode_columns
+from worker.change import ChangeType, Column, Given, LogChange, Position, RawChange, encode_columns
 from worker.errors import MalformedChange
-from worker.wal.pgoutput import Begin, Commit, Decoder, Relation, Row, RowChange, Truncate, TypeName
+from worker.wal.page import HEAD, ROW, decode_head, decode_row
+from worker.wal.pgoutput import (
+    Begin,
+    Commit,
+    Decoder,
+    LogicalMessage,
+    Relation,
+    RelationColumn,
+    Row,
+    RowChange,
+    Truncate,
+    TypeName,
+)
 
 OWN_SCHEMA: Final = "tailrace"
 CANARY: Final = (OWN_SCHEMA, "canary")
@@ -40,6 +52,13 @@ class _Layout(NamedTuple):
 _LEFT_OUT: Final = _Layout(b"", wanted=False)
 
 
+class _Page(NamedTuple):
+    """A backfill's rows that follow in this transaction."""
+
+    relation: Relation
+    given: Given
+
+
 class Assembler:
     """Takes the messages of one stream (or one call) in order, gives batches.
 
@@ -55,6 +74,7 @@ class Assembler:
         self._layouts: dict[Relation, _Layout] = {}
         self._after = after or Position(read_to, -1)
         self._begin: Begin | None = None
+        self._page: _Page | None = None
         self._changes: list[tuple[Position, RawChange]] = []
         self._fresh = False
         self.read_to = read_to
@@ -89,6 +109,7 @@ class Assembler:
             self._row(message, len(data))
         elif type(message) is Begin:
             self._begin = message
+            self._page = None
         elif type(message) is Commit:
             self._begin = None
             self.pass_to(message.end_lsn)
@@ -98,7 +119,9 @@ class Assembler:
             self._truncate(message)
         elif type(message) is TypeName:
             self.said[message.oid] = message
-        # Origin and LogicalMessage say nothing of rows.
+        elif type(message) is LogicalMessage and message.transactional:
+            return self._message(message, len(data))
+        # Origin says nothing of rows, and messages of others say nothing to us.
         return None
 
     def pass_to(self, lsn: int) -> None:
@@ -134,6 +157,24 @@ class Assembler:
         self._layouts[relation] = layout
         return layout
 
+    def _message(self, message: LogicalMessage, size: int) -> set[int] | None:
+        """Take a page's head, or one of its rows; what is none, whoever wrote it, is passed over."""
+        if message.prefix == HEAD:
+            head = decode_head(message.content)
+            if head is None:
+                self._page = None
+                return None
+            columns = tuple(RelationColumn(one.name, one.type_oid, -1, one.identity) for one in head.columns)
+            relation = Relation(head.table_oid, head.schema, head.table, head.identity, columns, ())
+            self._page = _Page(relation, Given(head.backfill, head.secret, head.handler))
+            return self._relation(relation)
+        if message.prefix == ROW and self._page is not None and message.ordinal is not None:
+            relation, given = self._page
+            row = decode_row(message.content, len(relation.columns))
+            if row is not None:
+                self._add(relation, "INSERT", message.ordinal, list(row), None, size, given)
+        return None
+
     def _row(self, row: RowChange, size: int) -> None:
         self._add(row.relation, row.type, row.ordinal, row.new, row.old, size)
 
@@ -149,6 +190,7 @@ class Assembler:
         new: Row | None,
         old: Row | None,
         size: int,
+        given: Given | None = None,
     ) -> None:
         begin = self._begin
         if begin is None:
@@ -171,8 +213,9 @@ class Assembler:
             begin.final_lsn,
             ordinal,
             relation.oid,
+            0 if given is None else given.backfill,
         )
-        change = RawChange.of_log(log)
+        change = RawChange.of_log(log, given=given)
         self._changes.append((position, change))
         self.bytes += size
 

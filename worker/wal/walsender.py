@@ -114,7 +114,7 @@ class Walsender(asyncio.Protocol):
         names = quoted.replace("'", "''")
         command = (
             f'START_REPLICATION SLOT "{slot}" LOGICAL 0/0'
-            f" (\"proto_version\" '1', \"publication_names\" '{names}')"
+            f" (\"proto_version\" '1', \"publication_names\" '{names}', \"messages\" 'true')"
         ).encode()
         self._transport.write(b"Q" + _LENGTH.pack(len(command) + 5) + command + b"\0")
         while not self._copying:

@@ -63,7 +63,8 @@ _DECLARE: Final = """
     from (
         select data, sum(pg_catalog.length(data) + 1) over (rows unbounded preceding) as size
         from pg_catalog.pg_logical_slot_peek_binary_changes(
-            {slot}, '{upto}', null, 'proto_version', '1', 'publication_names', {publication})
+            {slot}, '{upto}', null, 'proto_version', '1', 'publication_names', {publication},
+            'messages', 'true')
     ) as sized
     """
 # All of a brief window, and how many messages it has: if not all are given, they are too large for it. The
@@ -78,7 +79,8 @@ _BRIEF: Final = text(
                pg_catalog.sum(pg_catalog.length(data) + 1) over (rows unbounded preceding) as size
         from settings, lateral pg_catalog.pg_logical_slot_peek_binary_changes(
             settings.slot, cast(:upto as pg_catalog.pg_lsn), null,
-            'proto_version', '1', 'publication_names', cast(:publication as text))
+            'proto_version', '1', 'publication_names', cast(:publication as text),
+            'messages', 'true')
     ) as sized
     where size <= {_PORTION_BYTES} or number = 1
     """  # noqa: S608 - constants of ours
