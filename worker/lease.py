@@ -21,6 +21,8 @@ LEASE_SECONDS = 8
 RENEW_SECONDS = 2
 IDLE_MS = 5_000
 WAIT_MS = 2_000
+FROZEN_SECONDS = IDLE_MS / 1000 + 1
+"""After the lease was taken: whoever had it before and is in the middle of a statement is frozen by then."""
 _UNFROZEN = f"set_config('idle_in_transaction_session_timeout', '{IDLE_MS}', true)"
 
 
@@ -91,6 +93,15 @@ async def take(engine: AsyncEngine, token: str, holder: str) -> bool:
         if not is_locked(error):
             raise
     return False
+
+
+async def end_frozen_before(engine: AsyncEngine) -> None:
+    """End what the listener before was in the middle of, and may keep locked, if it was frozen just then.
+
+    Where the lease was taken sooner than a session counts as frozen, taking it has found nothing.
+    """
+    async with engine.begin() as connection:
+        await end_frozen(connection, IDLE_MS / 1000)
 
 
 async def renew(engine: AsyncEngine, token: str, sure: object) -> None:

@@ -184,8 +184,12 @@ class Listener:
 
     async def _tick(self, token: str, reading: Reading) -> None:
         """Every two seconds: what the reading owes, and the lease."""
+        looks_at: float | None = time.monotonic() + lease.FROZEN_SECONDS
         while True:
             try:
+                if looks_at is not None and time.monotonic() >= looks_at:
+                    await lease.end_frozen_before(self._engine)
+                    looks_at = None
                 await reading.tick()
                 await lease.renew(self._engine, token, reading.sure_until())
             except LeaseLostError:
