@@ -149,7 +149,27 @@ def _live(order: Mapping[str, Any], streams: Sequence[int]) -> NoReturn:
 # Those who order
 
 
-class Child:
+class Signalled:
+    """A process that somebody else is the parent of: nobody tells of its end but that one."""
+
+    pid: int
+    returncode: int | None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; one that has ended is left alone."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+class Child(Signalled):
     """What is used of an asyncio subprocess, of a process that somebody else is the parent of."""
 
     def __init__(self, pid: int, report: asyncio.StreamReader, output: asyncio.StreamReader) -> None:
@@ -167,19 +187,6 @@ class Child:
     async def wait(self) -> int:
         """Wait for its end; returns the exit code."""
         return await asyncio.shield(self._watch)
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal; one that has ended is left alone."""
-        if self.returncode is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        """Send SIGTERM."""
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        self.send_signal(signal.SIGKILL)
 
 
 def forks(command: Sequence[str], environment: Mapping[str, str]) -> bool:

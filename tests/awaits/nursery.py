@@ -22,6 +22,7 @@ import psutil
 import uvloop
 
 from tests.awaits.stepping import Point, Watch
+from tests.forkserver import Signalled
 from tests.stack import ROOT, Process
 
 Role = Literal["listener", "worker"]
@@ -145,7 +146,7 @@ def _live(order: Mapping[str, Any], log: int, report: int) -> None:
 # Those who order
 
 
-class Child:
+class Child(Signalled):
     """What `tests.stack.Process` needs of a process that somebody else is the parent of."""
 
     def __init__(self, log: asyncio.StreamReader, report: asyncio.StreamReader) -> None:
@@ -177,16 +178,6 @@ class Child:
         """Wait until it sleeps by a signal; the kernel tells that to nobody but its parent."""
         while psutil.Process(self.pid).status() != psutil.STATUS_STOPPED:
             await asyncio.sleep(0.005)
-
-    def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 class Born(Process):

@@ -1,7 +1,6 @@
 """`backfill`: rows that were there before, given to derive handlers beside live changes."""
 
 import asyncio
-import json
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from standin.server.tokens import project_key
 from tests.e2e import shop as handlers
+from tests.e2e.backfilling import backfill
 from tests.e2e.shop import DIFFERENCES
 from tests.e2e.writing import Writer
 from tests.stack import SECRET, Project, Servers, project
@@ -37,13 +37,6 @@ async def listening(shop: Project) -> Any:
     process = await shop.listener(wait=False)
     await process.said("listening")
     return process
-
-
-async def backfill(shop: Project, *options: str) -> list[dict[str, Any]]:
-    code, output = await shop.run("backfill", *options, "--json")
-    assert code == 0, output
-    found: list[dict[str, Any]] = json.loads(output)
-    return found
 
 
 async def refused(shop: Project, *options: str) -> tuple[int, str]:

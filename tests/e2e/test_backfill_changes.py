@@ -1,19 +1,18 @@
 """`backfill --handler` of a change handler: rows that are there among live changes, in one order."""
 
 import asyncio
-import json
 import random
 import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
 
 import asyncpg
 import httpx
 import pytest
 
 from tests.e2e import mirror_handlers as handlers
+from tests.e2e.backfilling import backfill
 from tests.stack import SECRET, Process, Project, Servers, project
 
 SLOT = "of_rows"
@@ -44,13 +43,6 @@ async def listening(shop: Project) -> Process:
     process = await shop.listener(wait=False)
     await process.said("listening", seconds=SECONDS)
     return process
-
-
-async def backfill(shop: Project, *options: str) -> list[dict[str, Any]]:
-    code, output = await shop.run("backfill", *options, "--json")
-    assert code == 0, output
-    found: list[dict[str, Any]] = json.loads(output)
-    return found
 
 
 class Writer:

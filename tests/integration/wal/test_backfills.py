@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.e2e import shop
 from tests.integration.mechanism.bench import make_drain
@@ -22,19 +20,7 @@ LANES = 2
 CUSTOMERS = list(range(1, 6))
 
 on = Handlers()
-
-
-@on.derive("public.orders", by="customer_id", name="totals")
-async def totals(customer_ids: list[int], session: AsyncSession) -> None:
-    await session.execute(
-        text(
-            "insert into derived_totals (customer_id, orders, amount)"
-            " select c, count(o.id), coalesce(sum(o.amount), 0)"
-            " from unnest(cast(:ids as bigint[])) c left join orders o on o.customer_id = c group by c"
-            " on conflict (customer_id) do update set orders = excluded.orders, amount = excluded.amount"
-        ),
-        {"ids": customer_ids},
-    )
+on.derive("public.orders", by="customer_id", name="totals")(shop.totals)
 
 
 class Waits:
