@@ -100,7 +100,7 @@ async def end_frozen_before(engine: AsyncEngine) -> None:
 
     Where the lease was taken sooner than a session counts as frozen, taking it has found nothing.
     """
-    async with engine.begin() as connection:
+    async with singly(engine) as connection:
         await end_frozen(connection, IDLE_MS / 1000)
 
 

@@ -6,6 +6,7 @@ gives it a position and writes it (reading/journal.py), and a worker drains it (
 """
 
 import asyncio
+import math
 import os
 import socket
 import time
@@ -184,12 +185,12 @@ class Listener:
 
     async def _tick(self, token: str, reading: Reading) -> None:
         """Every two seconds: what the reading owes, and the lease."""
-        looks_at: float | None = time.monotonic() + lease.FROZEN_SECONDS
+        looks_at = time.monotonic() + lease.FROZEN_SECONDS
         while True:
             try:
-                if looks_at is not None and time.monotonic() >= looks_at:
+                if time.monotonic() >= looks_at:
                     await lease.end_frozen_before(self._engine)
-                    looks_at = None
+                    looks_at = math.inf
                 await reading.tick()
                 await lease.renew(self._engine, token, reading.sure_until())
             except LeaseLostError:

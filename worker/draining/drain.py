@@ -142,6 +142,11 @@ class Drain:
         """Lanes that have to wait for each other are worth a transaction together."""
         return self._worth.shares and not self._careful and not self._suspicions
 
+    @property
+    def _is_told(self) -> bool:
+        """Somebody is told what becomes of each change."""
+        return self._traces is not None or following.follows()
+
     async def run_several(self, news: Mapping[Lane, News]) -> Shared:
         """Make one pass over several lanes, whatever of them is plain.
 
@@ -150,22 +155,19 @@ class Drain:
 
         Whatever goes wrong, the lanes that are not in the answer are to be passed over one by one.
         """
-        told = self._traces is not None or following.follows()
         try:
             async with self._entries.gate.passing():
                 with self._pulse.working(f"a pass over lanes of {self.handler.name}", self._stuck_seconds):
                     began = time.perf_counter()
-                    shared = await self._several.apply(news, self._most, told=told)
+                    shared = await self._several.apply(news, self._most, told=self._is_told)
                     seconds = time.perf_counter() - began
         except Exception:  # noqa: BLE001 - each lane's own pass finds out what it is, and tells
             self._worth.keep_apart()
             return Shared()
         self._worth.learn(shared.progress, seconds)
         self._adapt(seconds, shared.progress.read or self._most, full=False)
-        if self._traces is not None:
-            self._traces.passed(self.handler.name, shared.progress)
         for lane, progress in shared.lanes.items():
-            await self._forget(shared.generation, lane, progress)
+            await self._after_commit(lane, shared.generation, progress)
         return shared
 
     async def _until_applied(self, lane: Lane, news: News | None) -> Progress:
@@ -207,8 +209,7 @@ class Drain:
         spoilers: dict[object, Failure],
         news: News | None,
     ) -> tuple[Progress, str | None]:
-        told = self._traces is not None or following.follows()
-        progress = Progress(fates=[] if told else None, began=time.time_ns())
+        progress = Progress(fates=[] if self._is_told else None, began=time.time_ns())
         async with transaction(self._engine) as session:
             taken = await positions.take(session, lane, self._limits)
             self._locked.pop(lane, None)
@@ -281,9 +282,8 @@ class Drain:
             if self._traces is not None:
                 self._traces.passed(lane.handler, progress)
             following.passed(lane.handler, lane.number, progress.fates)
-        return progress if generation is None else await self._forget(generation, lane, progress)
-
-    async def _forget(self, generation: str, lane: Lane, progress: Progress) -> Progress:
+        if generation is None:
+            return progress
         try:
             if progress.notes is not None:
                 await progress.notes.end()

@@ -7,11 +7,11 @@ parked, paused, missing, or fails, is left to passes of the lanes' own, which kn
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker import following, overtaking, positions
+from worker import overtaking, positions
 from worker.change import Position
 from worker.draining.applying import Applying
 from worker.draining.entries import Entries
@@ -56,7 +56,7 @@ class Several:
         Raises:
             Exception: nothing was applied, and each lane is to be tried by itself.
         """
-        shared = Shared(progress=Progress(fates=[] if told else None, began=time.time_ns()))
+        shared = Shared(progress=Progress(began=time.time_ns()))
         async with transaction(self._engine) as session:
             numbers = sorted(lane.number for lane in news)
             taken = await positions.take_several(session, self._handler, numbers, self._limits)
@@ -94,16 +94,17 @@ class Several:
         shared.generation = source.generation
         shared.progress.read = sum(counts.values())
         for number, reads in heads.items():
-            lane = Lane(self._handler, number)
-            done = Progress(
-                read=counts[number], applied=counts[number], last=reads[-1], at=reads[-1].position
+            lane, last = Lane(self._handler, number), reads[-1]
+            shared.lanes[lane] = replace(
+                shared.progress,
+                read=counts[number],
+                applied=counts[number],
+                last=last,
+                at=last.position,
+                latest_at=last.entry.at,
+                ended=Pass.EMPTY if last is news[lane].reads[-1] else Pass.MORE,
+                fates=[(read.position, "applied") for read in reads] if told else None,
             )
-            done.latest_at = reads[-1].entry.at
-            if len(reads) < len(news[lane].reads) and reads[-1] is not news[lane].reads[-1]:
-                done.ended = Pass.MORE
-            shared.lanes[lane] = done
-            if told:
-                following.passed(self._handler, number, [(read.position, "applied") for read in reads])
         return shared
 
     async def _heads(
